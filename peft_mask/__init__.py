@@ -1,0 +1,34 @@
+"""Masks as a PEFT method: learn which weights of a pretrained model to keep.
+
+Importing the package registers the method with PEFT, as type `PEFT_MASK`; an adapter can be loaded only after it.
+"""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from peft_mask.config import MaskConfig, MaskType
+from peft_mask.masks import Masks
+from peft_mask.model import MaskModel
+from peft_mask.state import keep_scores
+from peft_mask.training import MaskCallback, MaskStatistics, create_mask_optimizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaskCallback",
+    "MaskConfig",
+    "MaskModel",
+    "MaskStatistics",
+    "Masks",
+    "create_mask_optimizer",
+    "keep_scores",
+]
+
+PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig
+PEFT_TYPE_TO_TUNER_MAPPING[MaskType.PEFT_MASK] = MaskModel
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MaskType.PEFT_MASK] = MaskModel
+PEFT_TYPE_TO_PREFIX_MAPPING[MaskType.PEFT_MASK] = MaskModel.prefix

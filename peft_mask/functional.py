@@ -1,0 +1,128 @@
+"""Masked operations as pure functions of (input, weight, scores), with straight-through gradients.
+
+A weight that is off is written as +0.0 by `where`, never computed as `weight * 0`: that would be -0.0 for negative
+weights and NaN for infinite ones, and merged and unmerged models would differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from peft_mask.binarize import binarize_threshold
+
+
+def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return `weight` with +0.0 wherever `mask` is False.
+
+    Args:
+        weight: tensor of any shape and dtype.
+        mask: boolean tensor, broadcastable to `weight`; True where the weight is kept.
+
+    Returns:
+        A new tensor of the shape and dtype of `weight`. Kept values are the same bits. Differentiable in `weight`.
+    """
+    return torch.where(mask, weight, 0)
+
+
+class _MaskedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, scores)
+        return apply_mask(weight, binarize_threshold(scores))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        weight, scores = ctx.saved_tensors
+        grad_weight = apply_mask(grad, binarize_threshold(scores)) if ctx.needs_input_grad[0] else None
+        grad_scores = grad.to(scores.dtype) * weight if ctx.needs_input_grad[1] else None
+        return grad_weight, grad_scores
+
+
+def masked_weight(weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Mask a weight by its scores: `W * M` with `M = scores >= 0`.
+
+    The gradient of the scores is the straight-through one, `dL/dscores = dL/d(W*M) * W`: the threshold counts as the
+    identity, also for weights that are off, so that they can come back.
+
+    Args:
+        weight: (...) tensor, usually frozen.
+        scores: tensor of the same shape.
+
+    Returns:
+        Tensor of the shape and dtype of `weight`. If `weight` requires a gradient, its off entries get zero.
+
+    Source: Zhao et al. 2020, section 3; the estimator is Piggyback's (Mallya et al. 2018).
+    """
+    return _MaskedWeight.apply(weight, scores)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, scores)
+        return F.linear(x, apply_mask(weight, binarize_threshold(scores)), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scores = ctx.saved_tensors
+        needs_x, needs_weight, needs_scores, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_scores = grad_bias = None
+        if needs_x or needs_weight:
+            mask = binarize_threshold(scores)
+        if needs_x:
+            # Under autocast the product ran in the dtype of `grad`, and so does its backward.
+            grad_x = (grad @ apply_mask(weight, mask).to(grad.dtype)).to(x.dtype)
+        if needs_scores or needs_weight:
+            product = rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            if needs_weight:
+                grad_weight = apply_mask(product, mask).to(weight.dtype)
+            if needs_scores:
+                grad_scores = product.to(scores.dtype).mul_(weight) if not needs_weight else product * weight
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_scores, grad_bias
+
+
+def masked_linear(
+    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, `M = scores >= 0`.
+
+    Equal to `masked_linear_reference` in value and gradients, but nothing of the weight's size is kept for the backward
+    pass: `x`, `weight` and `scores` are saved by reference and `W * M` is formed again.
+
+        dL/dx      = dL/dy (W * M)
+        dL/dscores = (dL/dy)^T x * W          (straight-through: also where the weight is off)
+        dL/dW      = (dL/dy)^T x * M          (only if `weight` requires a gradient)
+
+    Args:
+        x: (..., in) tensor.
+        weight: (out, in) tensor, any strides.
+        scores: (out, in) tensor, any floating dtype, any strides.
+        bias: (out,) tensor or None.
+
+    Returns:
+        (..., out) tensor. Autocast applies to it as to `torch.nn.functional.linear`.
+
+    Raises:
+        RuntimeError: on a second differentiation, which the straight-through estimator does not define.
+
+    Source: Zhao et al. 2020, section 3.
+    """
+    return _MaskedLinear.apply(x, weight, scores, bias)
+
+
+def masked_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The readable twin of `masked_linear`: same shapes, same values, same gradients; keeps `W * M` for backward."""
+    return F.linear(x, masked_weight(weight, scores), bias)

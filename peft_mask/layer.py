@@ -1,0 +1,212 @@
+"""Tuner layers: thin shells that hold scores or bits around a base layer and call the functions of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_mask.binarize import binarize_threshold
+from peft_mask.config import MaskConfig
+from peft_mask.functional import apply_mask, masked_linear, masked_weight
+from peft_mask.init import initial_scores
+from peft_mask.packing import pack_bits, unpack_bits, zero_positions
+
+
+class MaskLayer(nn.Module, BaseTunerLayer):
+    """What every masked layer shares: scores or bits of each adapter, merging and exact unmerging.
+
+    An adapter that is trained owns `peft_mask_scores[adapter]`, a parameter of the weight's shape. An adapter that is
+    only used owns `peft_mask_bits[adapter]`, the packed mask: uint8 of shape (rows, ceil(columns / 8)). Never both.
+    """
+
+    adapter_layer_names = ("peft_mask_scores",)
+    other_param_names = ("peft_mask_bits",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.peft_mask_scores = nn.ParameterDict()
+        self.peft_mask_bits = BufferDict(persistent=True)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
+        self.keeps_scores = False
+
+    # ---- adapters ----
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
+        """Add an adapter: packed bits (all kept, to be loaded) in inference mode, else starting scores."""
+        shape = self._weight().shape
+        if config.inference_mode:
+            self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(shape, dtype=torch.bool, device="cpu"))
+        else:
+            self.peft_mask_scores[adapter_name] = nn.Parameter(initial_scores(shape, config, name))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_available_adapters(self) -> set[str]:
+        return {*self.peft_mask_scores.keys(), *self.peft_mask_bits.keys()}
+
+    def _weight(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    def mask(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
+        if adapter_name in self.peft_mask_scores:
+            return binarize_threshold(self.peft_mask_scores[adapter_name].detach())
+        return unpack_bits(self.peft_mask_bits[adapter_name], self._weight().shape)
+
+    def packed_mask(self, adapter_name: str) -> torch.Tensor:
+        """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
+
+        Raises:
+            ValueError: if a score is NaN, which has no mask.
+        """
+        if adapter_name in self.peft_mask_bits:
+            return self.peft_mask_bits[adapter_name]
+        scores = self.peft_mask_scores[adapter_name].detach()
+        if scores.isnan().any():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores contain "
+                f"{int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
+            )
+        return pack_bits(binarize_threshold(scores))
+
+    # ---- merging ----
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write zeros into the base weight where the mask is off, and keep the displaced values.
+
+        Args:
+            safe_merge: check the merged weight for NaN and infinities before anything is written.
+            adapter_names: adapters to merge, by default the active ones.
+
+        Raises:
+            ValueError: if the scores or, with `safe_merge`, the merged weight are not finite.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self._get_available_adapters():
+                continue
+            weight = self._weight().data
+            positions = zero_positions(self.packed_mask(adapter_name), weight.shape).to(weight.device)
+            zeros = torch.zeros(len(positions), dtype=weight.dtype, device=weight.device)
+            if safe_merge and not weight.clone().put_(positions, zeros).isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
+                    "model is: a weight that is kept is not finite."
+                )
+            # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
+            self._stashes.append((positions, weight.take(positions)))
+            weight.put_(positions, zeros)
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Put the displaced values back: the base weight is bit for bit what it was before merging."""
+        self.unmerge_to(0)
+
+    def unmerge_to(self, depth: int) -> None:
+        """Undo the latest merges until `depth` are left (see `merge_depth`)."""
+        while len(self._stashes) > depth:
+            positions, values = self._stashes[-1]
+            weight = self._weight().data
+            weight.put_(positions.to(weight.device), values.to(weight.device))
+            self._stashes.pop()
+        del self.merged_adapters[depth:]
+
+    @property
+    def merge_depth(self) -> int:
+        """Number of merges that `unmerge` would undo."""
+        return len(self._stashes)
+
+    def unmerged_weight(self) -> torch.Tensor:
+        """Return the base weight as it is without merged adapters; a copy only if there are any."""
+        weight = self._weight().data
+        if self._stashes:
+            weight = weight.clone()
+            for positions, values in reversed(self._stashes):
+                weight.put_(positions.to(weight.device), values.to(weight.device))
+        return weight
+
+    # ---- forward ----
+
+    def _masks_in_force(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the weight under the active adapters that hold bits, and the scores of those that are trained."""
+        weight = self._weight()
+        if weight.device.type == "meta":
+            raise RuntimeError(
+                "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload them."
+            )
+        scores = []
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.peft_mask_scores:
+                scores.append(self.peft_mask_scores[adapter_name])
+            elif adapter_name in self.peft_mask_bits:
+                weight = apply_mask(weight, self.mask(adapter_name))
+        return weight, scores
+
+    def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters):
+            if self._weight().device.type != "meta":
+                return self._masked_forward(x, *args, **kwargs)
+            with onload_layer(self):
+                return self._masked_forward(x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+
+class Linear(MaskLayer):
+    """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`.
+
+    The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.weight.shape
+        self._transposed = isinstance(base_layer, Conv1D)
+        if not self._transposed:
+            self.in_features, self.out_features = self.out_features, self.in_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
+
+    def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight, scores = self._masks_in_force()
+        bias = self.get_base_layer().bias
+        for other in scores[1:]:
+            weight = masked_weight(weight, other)
+        if self._transposed:
+            weight = weight.t()
+        if not scores:
+            return F.linear(x, weight, bias)
+        return masked_linear(x, weight, scores[0].t() if self._transposed else scores[0], bias)
+
+    def __repr__(self) -> str:
+        return "peft_mask." + super().__repr__()
+
+
+def unsupported_reason(module: nn.Module) -> str | None:
+    """Return why `module` cannot be masked, or None if it can."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads the weight of its out_proj directly and would ignore the mask"
+    if isinstance(module, Conv1D):
+        return None
+    if not isinstance(module, nn.Linear):
+        return "only torch.nn.Linear and transformers' Conv1D are supported"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes its output in its own way (a quantized layer?)"
+    if not module.weight.is_floating_point():
+        return f"its weight has dtype {module.weight.dtype}, which is not floating point"
+    return None
+
+

@@ -1,0 +1,175 @@
+"""State dict <-> records: what a masked model saves, and what it accepts back.
+
+The functions here stand behind PEFT's two hooks for tuners that save something else than they train. They check
+everything before they return anything, so that a wrong file changes no weight and no mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.tuners_utils import onload_layer
+from torch import nn
+
+from peft_mask.binarize import binarize_threshold
+from peft_mask.config import MaskConfig
+from peft_mask.fingerprint import fingerprint_of
+from peft_mask.layer import MaskLayer
+from peft_mask.packing import count_zeros, pack_bits, unpack_bits
+from peft_mask.record import read_record, write_record
+
+_PEFT_PREFIX = "base_model.model."
+_FSDP_PREFIX = "_fsdp_wrapped_module."
+_BITS, _SCORES = ".peft_mask_bits", ".peft_mask_scores"
+
+
+def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
+    """Return the masked layers of an adapter by their state-dict path in `model`."""
+    return {
+        name.replace(_FSDP_PREFIX, ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
+    }
+
+
+def keep_scores(model: nn.Module, enabled: bool = True) -> None:
+    """Decide whether saving the model also writes the scores, as a checkpoint to resume from needs them.
+
+    An adapter to publish holds masks only, which is the default. `MaskCallback` calls this at both ends of training; a
+    custom loop calls it before it writes a checkpoint.
+
+    Args:
+        model: a model with masked layers.
+        enabled: True to write scores from now on, False to write masks only.
+    """
+    for module in model.modules():
+        if isinstance(module, MaskLayer):
+            module.keeps_scores = enabled
+
+
+def records_of_adapter(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that `adapter_model.safetensors` holds of the masks: one record a masked layer.
+
+    Args:
+        model: the model with the masked layers.
+        adapter_name: which adapter.
+        state_dict: state dict of `model`; scores and bits are read from it, never from the layers, which may be sharded.
+
+    Returns:
+        `<path>.peft_mask_bits.<adapter>` -> uint8 record, and the scores themselves if `keep_scores` asked for them.
+
+    Raises:
+        ValueError: if scores contain NaN.
+    """
+    if not state_dict:  # a rank that is not to save
+        return {}
+    tensors: dict[str, torch.Tensor] = {}
+    dead = []
+    for path, layer in layers_of_adapter(model, adapter_name).items():
+        bits_key, scores_key = f"{path}{_BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
+        scores = state_dict.get(scores_key)
+        if scores is not None and scores.isnan().any():
+            raise ValueError(
+                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} scores "
+                "are NaN. Did training diverge? Lower the learning rate and train again."
+            )
+        bits = state_dict[bits_key] if scores is None else pack_bits(binarize_threshold(scores))
+        with onload_layer(layer):
+            weight = layer.unmerged_weight()
+            tensors[bits_key] = write_record(bits, weight.shape, fingerprint_of(weight))
+        if count_zeros(bits, weight.shape) == weight.numel():
+            dead.append(_module_name(path))
+        if layer.keeps_scores and scores is not None:
+            tensors[scores_key] = scores
+    if dead:
+        warnings.warn(f"every weight of {dead} is switched off, which kills these layers.", stacklevel=2)
+    return tensors
+
+
+def state_from_records(
+    model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Turn a loaded file into a state dict of `model`: bits for adapters in use, scores for those to be trained on.
+
+    Args:
+        model: the model, with the adapter's layers in place (their scores may be on the meta device).
+        config: the adapter's configuration.
+        adapter_name: name of the adapter in `model`.
+        state_dict: the file's tensors by name. Those that are not masks pass through.
+
+    Raises:
+        ValueError: if the file's masks are not exactly those of the model's masked layers, if one is damaged or of
+            another shape, or (`config.check_base`) if it was made for another base weight.
+    """
+    layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
+    records = _named(state_dict, _BITS)
+    scores = _named(state_dict, _SCORES)
+    if records.keys() != layers.keys():
+        raise ValueError(
+            f"cannot load the adapter '{adapter_name}': its file and the model do not mask the same layers.\n"
+            f"  masked in the model, not in the file: {sorted(layers.keys() - records.keys()) or 'none'}\n"
+            f"  masked in the file, not in the model: {sorted(records.keys() - layers.keys()) or 'none'}\n"
+            "Is it an adapter of peft_mask, whole, and for this base model?"
+        )
+    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, _SCORES))}
+    rebuilt = False
+    loaded: dict[str, torch.Tensor] = {}
+    for name, (path, layer) in layers.items():
+        bits = _checked_bits(name, layer, records[name], config)
+        if adapter_name in layer.peft_mask_bits:
+            loaded[f"{path}{_BITS}.{adapter_name}"] = bits
+            continue
+        parameter = layer.peft_mask_scores[adapter_name]
+        if name in scores:
+            value = _checked_scores(name, scores[name], parameter, bits)
+        else:
+            value = torch.where(unpack_bits(bits, parameter.shape), config.init_margin, -config.init_margin)
+            rebuilt = True
+        loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
+    if rebuilt:
+        warnings.warn(
+            f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
+            f"({config.init_margin:g}) above or below the threshold. Training goes on from the mask, but not as if it had "
+            "never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
+            stacklevel=2,
+        )
+    return others | loaded
+
+
+def _named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    return {_module_name(key.removesuffix(suffix)): value for key, value in state_dict.items() if key.endswith(suffix)}
+
+
+def _module_name(path: str) -> str:
+    return path.removeprefix(_PEFT_PREFIX)
+
+
+def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
+    with onload_layer(layer):
+        weight = layer.unmerged_weight()
+        try:
+            record = read_record(data, weight.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its file "
+                "damaged?"
+            ) from error
+        if config.check_base and not weight.is_meta and not record.fingerprint.matches(weight):
+            raise ValueError(
+                f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, other "
+                "values), so the mask would be meaningless. Load the base model named in the adapter's "
+                'adapter_config.json, or, to load it all the same, set "check_base": false there.'
+            )
+    return record.bits
+
+
+def _checked_scores(name: str, scores: torch.Tensor, parameter: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    if scores.shape != parameter.shape or not torch.equal(pack_bits(binarize_threshold(scores)), bits):
+        raise ValueError(
+            f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint is damaged."
+        )
+    return scores

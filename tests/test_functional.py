@@ -1,0 +1,153 @@
+"""Masked operations: closed forms, the readable twin, and what must not happen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_mask.binarize import binarize_threshold
+from peft_mask.functional import apply_mask, masked_linear, masked_linear_reference, masked_weight
+
+
+def make(rows=5, inputs=7, outputs=3, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, rows, inputs, generator=generator).to(dtype)
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    scores = torch.randn(outputs, inputs, generator=generator)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    return x, weight, scores, bias
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def test_a_score_at_the_threshold_is_kept():
+    scores = torch.tensor([-1e-30, -0.0, 0.0, 1e-30, float("nan")])
+    assert binarize_threshold(scores).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_off_are_positive_zero_and_the_others_the_same_bits(dtype):
+    weight = torch.tensor([-1.0, float("inf"), float("-inf"), float("nan"), -0.0, 2.0], dtype=dtype)
+    masked = apply_mask(weight, torch.tensor([False, False, False, False, True, True]))
+    assert masked.dtype == dtype
+    assert masked.tolist() == [0.0, 0.0, 0.0, 0.0, -0.0, 2.0]
+    assert masked.signbit().tolist() == [False, False, False, False, True, False]
+
+
+def test_straight_through_gradient_equals_the_closed_form():
+    x, weight, scores, bias = make()
+    x, scores, bias = leaves(x, scores, bias)
+    y = masked_linear(x, weight, scores, bias)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    product = upstream.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    torch.testing.assert_close(scores.grad, product * weight)
+    torch.testing.assert_close(x.grad, upstream @ (weight * (scores >= 0)))
+    torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
+    assert (scores.grad[scores < 0] != 0).all(), "weights that are off must be able to come back"
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    inputs=st.integers(1, 9),
+    outputs=st.integers(1, 9),
+    with_bias=st.booleans(),
+    train_weight=st.booleans(),
+    train_x=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_lean_and_readable_twin_agree_in_value_and_every_gradient(
+    rows, inputs, outputs, with_bias, train_weight, train_x, transposed, seed
+):
+    x, weight, scores, bias = make(rows, inputs, outputs, torch.float64, seed)
+    if transposed:  # Conv1D hands over views
+        weight, scores = weight.t().contiguous().t(), scores.t().contiguous().t()
+    grads = []
+    for function in (masked_linear, masked_linear_reference):
+        x_, weight_, scores_, bias_ = leaves(x, weight, scores.double(), bias)
+        y = function(
+            x_ if train_x else x,
+            weight_ if train_weight else weight,
+            scores_,
+            bias_ if with_bias else None,
+        )
+        y.square().sum().backward()
+        grads.append((y.detach(), x_.grad, weight_.grad, scores_.grad, bias_.grad))
+    for lean, readable in zip(*grads, strict=True):
+        assert (lean is None) == (readable is None)
+        if lean is not None:
+            torch.testing.assert_close(lean, readable)
+
+
+def test_a_trained_weight_gets_no_gradient_where_it_is_off():
+    x, weight, scores, _ = make()
+    (weight,) = leaves(weight)
+    masked_linear(x, weight, scores).sum().backward()
+    assert (weight.grad[scores < 0] == 0).all()
+    assert (weight.grad[scores >= 0] != 0).all()
+
+
+def test_all_ones_mask_equals_the_plain_layer_bit_for_bit():
+    x, weight, scores, bias = make()
+    assert torch.equal(masked_linear(x, weight, scores.abs(), bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_give_gradients_in_the_dtype_of_the_scores(dtype):
+    x, weight, scores, bias = make(dtype=dtype)
+    x, scores = leaves(x, scores)
+    masked_linear(x, weight, scores, bias).float().sum().backward()
+    assert scores.grad.dtype == torch.float32
+    assert x.grad.dtype == dtype
+    reference = leaves(scores)[0]
+    masked_linear_reference(x.float(), weight.float(), reference, bias.float()).sum().backward()
+    torch.testing.assert_close(scores.grad, reference.grad, rtol=0.02, atol=0.02)
+
+
+def test_autocast_computes_in_bfloat16_and_returns_gradients_in_float32():
+    x, weight, scores, bias = make()
+    x, scores = leaves(x, scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = masked_linear(x, weight, scores, bias)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == scores.grad.dtype == torch.float32
+    assert scores.grad.isfinite().all()
+
+
+def test_nothing_of_the_weights_size_is_kept_for_backward():
+    x, weight, scores, bias = make()
+    (scores,) = leaves(scores)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):
+        masked_linear(x, weight, scores, bias)
+    assert set(saved) <= {x.data_ptr(), weight.data_ptr(), scores.data_ptr()}
+
+
+@pytest.mark.parametrize("function", [masked_linear, masked_weight])
+def test_double_backward_is_refused(function):
+    x, weight, scores, _ = make()
+    (scores,) = leaves(scores)
+    y = masked_weight(weight, scores) if function is masked_weight else masked_linear(x, weight, scores)
+    (grad,) = torch.autograd.grad(y.square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# Dynamo makes an instance of every autograd function it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_graph_breaks():
+    x, weight, scores, bias = make()
+    (scores,) = leaves(scores)
+    compiled = torch.compile(masked_linear, backend="aot_eager", fullgraph=True)
+    y = compiled(x, weight, scores, bias)
+    torch.testing.assert_close(y, masked_linear(x, weight, scores, bias))
+    y.sum().backward()
+    expected = leaves(scores)[0]
+    masked_linear(x, weight, expected, bias).sum().backward()
+    torch.testing.assert_close(scores.grad, expected.grad)
