@@ -1,0 +1,33 @@
+"""Settings every test runs under: no hub, few threads, the same examples every time."""
+
+import os
+
+# Read by huggingface_hub, datasets and tokenizers when they are imported, so before anything else here.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The models are tiny: threads cost more than they bring, and pytest-xdist already fills the cores.
+torch.set_num_threads(1)
+
+# A deadline would assert a time. Derandomized, because a test that fails must fail again.
+settings.register_profile("peft_mask", deadline=None, derandomize=True, database=None)
+settings.load_profile("peft_mask")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's random numbers depend neither on the order of the tests nor on which of them are run."""
+    torch.manual_seed(0)

@@ -1,0 +1,207 @@
+"""Training with plain Trainer: learning rates, figures in the logs, and exact resuming from checkpoints."""
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_mask import MaskCallback, MaskConfig, MaskStatistics, create_mask_optimizer
+from peft_mask.layer import MaskLayer
+from tests.tiny_models import tiny_inputs, tiny_model
+
+STEPS = 6
+
+
+def masked_bert(**fields):
+    return get_peft_model(tiny_model("bert"), MaskConfig(task_type="SEQ_CLS", **fields))
+
+
+def rows(n=16):
+    inputs = tiny_inputs(tiny_model("bert"), batch_size=n, labels=True)
+    return [{name: value[i] for name, value in inputs.items()} for i in range(n)]
+
+
+def trainer(model, folder, *callbacks, **arguments):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    } | arguments
+    optimizer = create_mask_optimizer(model, lr=1e-3, mask_lr=5e-3)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
+
+
+def scores(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "peft_mask_scores" in name}
+
+
+# ---- optimizer ----
+
+
+def test_scores_get_their_own_learning_rate_and_never_decay():
+    model = masked_bert()
+    optimizer = create_mask_optimizer(model, lr=1e-4, mask_lr=1e-2, weight_decay=0.1, eps=1e-7)
+    by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert by_parameter.keys() == {id(parameter) for parameter in trained.values()}
+    for name, parameter in trained.items():
+        group = by_parameter[id(parameter)]
+        is_score = "peft_mask_scores" in name
+        assert group["lr"] == (1e-2 if is_score else 1e-4), name
+        assert group["weight_decay"] == (0.1 if name.endswith("weight") else 0.0), name
+        assert group["eps"] == 1e-7
+
+
+def test_another_optimizer_class_can_be_given():
+    optimizer = create_mask_optimizer(masked_bert(), torch.optim.SGD, momentum=0.9)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_model_without_scores_is_refused():
+    with pytest.raises(ValueError, match="no mask scores to train: wrap it with get_peft_model"):
+        create_mask_optimizer(nn.Linear(2, 2))
+
+
+# ---- statistics ----
+
+
+def test_statistics_count_zeros_flips_and_entropy():
+    model = get_peft_model(nn.Sequential(nn.Linear(10, 3), nn.Linear(3, 5)), MaskConfig(target_modules=["0", "1"]))
+    statistics = MaskStatistics(model)
+    assert statistics(model) == {"sparsity": 0.0, "flip_ratio": 0.0, "bits_per_weight": 0.0}
+    with torch.no_grad():
+        model.base_model.model[0].peft_mask_scores["default"][0, :3] = -1
+    figures = statistics(model)
+    entropy = -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9)) * 30
+    assert figures == pytest.approx({"sparsity": 3 / 45, "flip_ratio": 3 / 45, "bits_per_weight": entropy / 45})
+    later = MaskStatistics(model)
+    with torch.no_grad():
+        model.base_model.model[0].peft_mask_scores["default"][0, 0] = 1
+    assert later(model)["flip_ratio"] == pytest.approx(1 / 45)
+    assert later(model)["sparsity"] == pytest.approx(2 / 45)
+
+
+# ---- Trainer ----
+
+
+def test_plain_trainer_trains_and_the_callback_logs_the_masks(tmp_path):
+    model = masked_bert()
+    plain = trainer(model, tmp_path, MaskCallback())
+    plain.train()
+    logged = [entry for entry in plain.state.log_history if "loss" in entry]
+    assert len(logged) == STEPS // 2
+    for entry in logged:
+        assert {"sparsity", "flip_ratio", "bits_per_weight"} <= entry.keys()
+    zeros = sum(int((value < 0).sum()) for value in scores(model).values())
+    weights = sum(value.numel() for value in scores(model).values())
+    assert zeros > 0
+    assert logged[-1]["sparsity"] == pytest.approx(zeros / weights, abs=1e-6)
+
+
+class Interrupt(TrainerCallback):
+    """Stops right after the checkpoint of step 3, as a lost machine would."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
+    whole = masked_bert()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    uninterrupted = trainer(whole, tmp_path / "a", MaskCallback(), **saving)
+    uninterrupted.train()
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(masked_bert(), tmp_path / "b", MaskCallback(), Interrupt(), **saving).train()
+    resumed = masked_bert()
+    again = trainer(resumed, tmp_path / "b", MaskCallback(), **saving)
+    again.train(resume_from_checkpoint=True)
+
+    expected = scores(whole)
+    assert expected
+    assert any((value < 0).any() for value in expected.values())
+    for name, value in scores(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    for model, folder in ((whole, "whole"), (resumed, "resumed")):
+        model.save_pretrained(tmp_path / folder)
+    names = ["whole/adapter_model.safetensors", "resumed/adapter_model.safetensors"]
+    first, second = ((tmp_path / name).read_bytes() for name in names)
+    assert first == second
+    logs = [[entry for entry in t.state.log_history if "loss" in entry] for t in (uninterrupted, again)]
+    assert logs[0][-1] == logs[1][-1] | {"flip_ratio": logs[0][-1]["flip_ratio"]}
+
+
+def test_resuming_without_the_callback_warns(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer(masked_bert(), tmp_path, **saving).train()
+    with pytest.warns(UserWarning, match="train with MaskCallback, which keeps the scores in checkpoints"):
+        trainer(masked_bert(), tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_best_checkpoint_comes_back_with_its_scores(tmp_path):
+    model = masked_bert()
+    best = trainer(
+        model,
+        tmp_path,
+        MaskCallback(),
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    best.train()
+    checkpoint = load_file(best.state.best_model_checkpoint + "/adapter_model.safetensors")
+    loaded = {name.removesuffix(".default"): value for name, value in scores(model).items()}
+    assert loaded
+    for name, value in loaded.items():
+        assert torch.equal(value, checkpoint[name])
+
+
+def test_checkpoints_hold_scores_and_the_final_adapter_does_not(tmp_path):
+    model = masked_bert()
+    trainer(model, tmp_path, MaskCallback(), save_strategy="steps", save_steps=3).train()
+    model.save_pretrained(tmp_path / "final")
+    layers = sum(isinstance(module, MaskLayer) for module in model.modules())
+    for folder, expected in (("checkpoint-3", layers), ("checkpoint-6", layers), ("final", 0)):
+        keys = load_file(tmp_path / folder / "adapter_model.safetensors").keys()
+        assert sum(key.endswith("peft_mask_scores") for key in keys) == expected
+        assert sum(key.endswith("peft_mask_bits") for key in keys) == layers
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for enabled in (False, True):
+        model = masked_bert(init_weights=False, seed=0)
+        if enabled:
+            model.base_model.model.activation_checkpointing_enable()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(**tiny_inputs(model, labels=True)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("peft_mask_scores" in name for name in gradients[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
