@@ -37,11 +37,12 @@ class MaskConfig(PeftConfig):
         modules_to_save: modules trained and saved whole beside the masks. For sequence classification, token
             classification and question answering the whole task head is added: everything outside the backbone.
         fan_in_fan_out: accepted for symmetry with `LoraConfig` and without effect: a mask has the weight's own shape.
-        init_weights: starting scores. `True`: every weight kept, `init_margin` above the threshold. `"uniform"`: the
-            paper's uniform distribution with a controlled fraction `init_sparsity` below the threshold. `False`: a random
-            mask (for tests), with `init_sparsity` of the weights off (0.5 if not given).
-        init_margin: distance above the threshold at which `init_weights=True` starts. Against learning rate times steps
-            it decides how many weights can be switched off.
+        init_weights: starting scores. `True`: every weight kept, large ones closer to the threshold. `"uniform"`: the
+            paper's uniform distribution with a controlled fraction `init_sparsity` below the threshold. `False`: a
+            random mask (for tests), with `init_sparsity` of the weights off (0.5 if not given).
+        init_margin: distance above the threshold at which `init_weights=True` starts a weight whose magnitude is the
+            root mean square of its matrix; others start in inverse proportion to their magnitude. Against learning
+            rate times steps it decides how many weights can be switched off.
         init_sparsity: fraction of weights off at the start, for `init_weights` `"uniform"` (default 0.05) and `False`.
         threshold: the paper's tau, which shifts the starting scores of `"uniform"`; scores are stored relative to it.
         binarizer: how scores become a mask. `"threshold"`: kept where the score has reached the threshold.
@@ -60,14 +61,14 @@ class MaskConfig(PeftConfig):
         True
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to mask."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to mask."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to mask."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Without effect; a mask has its weight's shape."})
     init_weights: bool | InitWeights = field(default=True, metadata={"help": "Starting scores."})
-    init_margin: float = field(default=0.01, metadata={"help": "Start of `init_weights=True` above the threshold."})
+    init_margin: float = field(default=0.016, metadata={"help": "Start of `init_weights=True` above the threshold."})
     init_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off at the start."})
     threshold: float = field(default=0.0, metadata={"help": "The paper's threshold tau."})
     binarizer: Binarizer = field(default="threshold", metadata={"help": "How scores become a mask."})
@@ -96,8 +97,8 @@ class MaskConfig(PeftConfig):
             _check_number("init_sparsity", self.init_sparsity, above=0.0, below=1.0)
             if self.init_weights is True:
                 raise ValueError(
-                    f"init_sparsity={self.init_sparsity} has no meaning with init_weights=True, which starts with every "
-                    'weight kept: use init_weights="uniform", or leave init_sparsity out.'
+                    f"init_sparsity={self.init_sparsity} has no meaning with init_weights=True, which starts with "
+                    'every weight kept: use init_weights="uniform", or leave init_sparsity out.'
                 )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(f"seed must be a non-negative integer or None, got {self.seed!r}.")

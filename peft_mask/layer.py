@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
         """Add an adapter: packed bits (all kept, to be loaded) in inference mode, else starting scores."""
-        shape = self._weight().shape
+        weight = self.unmerged_weight()
         if config.inference_mode:
-            self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(shape, dtype=torch.bool, device="cpu"))
+            self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(weight.shape, dtype=torch.bool, device="cpu"))
         else:
-            self.peft_mask_scores[adapter_name] = nn.Parameter(initial_scores(shape, config, name))
+            self.peft_mask_scores[adapter_name] = nn.Parameter(initial_scores(weight, config, name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -54,7 +54,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         return {*self.peft_mask_scores.keys(), *self.peft_mask_bits.keys()}
 
     def _weight(self) -> torch.Tensor:
-        return self.get_base_layer().weight
+        return cast(torch.Tensor, self.get_base_layer().weight)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
@@ -73,8 +73,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores = self.peft_mask_scores[adapter_name].detach()
         if scores.isnan().any():
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores contain "
-                f"{int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "
+                f"contain {int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
             )
         return pack_bits(binarize_threshold(scores))
 
@@ -140,7 +140,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight = self._weight()
         if weight.device.type == "meta":
             raise RuntimeError(
-                "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload them."
+                "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload "
+                "them."
             )
         scores = []
         for adapter_name in self.active_adapters:
@@ -173,16 +174,15 @@ class Linear(MaskLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__(base_layer)
-        self.in_features, self.out_features = base_layer.weight.shape
         self._transposed = isinstance(base_layer, Conv1D)
-        if not self._transposed:
-            self.in_features, self.out_features = self.out_features, self.in_features
+        shape = self._weight().shape if self._transposed else self._weight().shape[::-1]
+        self.in_features, self.out_features = shape
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
     def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         weight, scores = self._masks_in_force()
-        bias = self.get_base_layer().bias
+        bias = cast("torch.Tensor | None", self.get_base_layer().bias)
         for other in scores[1:]:
             weight = masked_weight(weight, other)
         if self._transposed:
@@ -208,5 +208,3 @@ def unsupported_reason(module: nn.Module) -> str | None:
     if not module.weight.is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not floating point"
     return None
-
-

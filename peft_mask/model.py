@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -27,8 +27,8 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 class MaskModel(BaseTuner):
     """A model whose weights are kept or switched off by learned masks.
 
-    Made by `peft.get_peft_model(model, MaskConfig(...))`. The base weights are never changed, except that `merge_adapter`
-    writes zeros into them and `unmerge_adapter` puts back what was there, bit for bit.
+    Made by `peft.get_peft_model(model, MaskConfig(...))`. The base weights are never changed, except that
+    `merge_adapter` writes zeros into them and `unmerge_adapter` puts back what was there, bit for bit.
 
     Args:
         model: the base model.
@@ -41,7 +41,7 @@ class MaskModel(BaseTuner):
 
     prefix = "peft_mask_"
     tuner_layer_cls = MaskLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's declaration; see `default_target_modules`
 
     # ---- injection ----
 
@@ -72,7 +72,7 @@ class MaskModel(BaseTuner):
                     f"Target module '{name}' of type {type(base).__name__} is not supported: {reason}. Leave it out of "
                     "target_modules, or name it in exclude_modules."
                 )
-            if others := tied.get(base.weight, set()) - {name}:
+            if others := tied.get(cast(nn.Parameter, base.weight), set()) - {name}:
                 raise ValueError(
                     f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked until "
                     "merging and masked afterwards. Leave it out of target_modules, or untie the weights first."
@@ -132,7 +132,7 @@ class MaskModel(BaseTuner):
                 self.merge_adapter(adapter_names=unmerged, safe_merge=safe_merge)
         else:
             self.unmerge_adapter()
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
 
     def _is_merged(self, adapter_name: str) -> bool:
         return any(adapter_name in layer.merged_adapters for layer in _mask_layers(self.model))
@@ -228,7 +228,7 @@ def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} is not a transformers model, so "
-            "its backbone is not known. `target_modules=\"all-linear\"` masks every linear layer."
+            'its backbone is not known. `target_modules="all-linear"` masks every linear layer.'
         )
     backbone = "" if model.base_model is model else model.base_model_prefix + "."
     tied = _tied_weights(model)

@@ -57,7 +57,7 @@ def records_of_adapter(
     Args:
         model: the model with the masked layers.
         adapter_name: which adapter.
-        state_dict: state dict of `model`; scores and bits are read from it, never from the layers, which may be sharded.
+        state_dict: state dict of `model`; scores and bits are read from it, not from layers that may be sharded.
 
     Returns:
         `<path>.peft_mask_bits.<adapter>` -> uint8 record, and the scores themselves if `keep_scores` asked for them.
@@ -74,8 +74,8 @@ def records_of_adapter(
         scores = state_dict.get(scores_key)
         if scores is not None and scores.isnan().any():
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} scores "
-                "are NaN. Did training diverge? Lower the learning rate and train again."
+                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
+                "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
         bits = state_dict[bits_key] if scores is None else pack_bits(binarize_threshold(scores))
         with onload_layer(layer):
@@ -133,8 +133,8 @@ def state_from_records(
     if rebuilt:
         warnings.warn(
             f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
-            f"({config.init_margin:g}) above or below the threshold. Training goes on from the mask, but not as if it had "
-            "never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
+            f"({config.init_margin:g}) above or below the threshold. Training goes on from the mask, but not as if it "
+            "had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
             stacklevel=2,
         )
     return others | loaded
@@ -155,13 +155,13 @@ def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskC
             record = read_record(data, weight.shape)
         except ValueError as error:
             raise ValueError(
-                f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its file "
-                "damaged?"
+                f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
+                "file damaged?"
             ) from error
         if config.check_base and not weight.is_meta and not record.fingerprint.matches(weight):
             raise ValueError(
-                f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, other "
-                "values), so the mask would be meaningless. Load the base model named in the adapter's "
+                f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "
+                "other values), so the mask would be meaningless. Load the base model named in the adapter's "
                 'adapter_config.json, or, to load it all the same, set "check_base": false there.'
             )
     return record.bits
@@ -170,6 +170,7 @@ def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskC
 def _checked_scores(name: str, scores: torch.Tensor, parameter: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     if scores.shape != parameter.shape or not torch.equal(pack_bits(binarize_threshold(scores)), bits):
         raise ValueError(
-            f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint is damaged."
+            f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint is "
+            "damaged."
         )
     return scores

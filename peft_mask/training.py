@@ -1,4 +1,4 @@
-"""What training a mask needs beyond plain `transformers.Trainer`: an optimizer with two learning rates, and a callback."""
+"""What training a mask adds to plain `transformers.Trainer`: an optimizer with two learning rates, and a callback."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def test_layers_to_transform_masks_these_blocks_only(target_modules):
 
 
 def test_all_linear_and_exclude_modules_work_as_in_lora():
-    model = get_peft_model(tiny_model("bert", "base"), MaskConfig(target_modules="all-linear", exclude_modules=["query"]))
+    config = MaskConfig(target_modules="all-linear", exclude_modules=["query"])
+    model = get_peft_model(tiny_model("bert", "base"), config)
     masked = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, MaskLayer)}
     assert masked == {"key", "value", "dense"}
 
@@ -152,8 +153,7 @@ def test_unmerge_restores_weights_exactly(dtype):
     model.merge_adapter()
     mask = model.base_model.model[0].mask("default")
     merged = base_weights(model)["0.weight"]
-    assert torch.equal(merged.view(torch.uint8)[~mask.view(-1)[:, None].expand(-1, dtype.itemsize).reshape(20, -1)].sum(),
-                       torch.tensor(0))  # fmt: skip
+    assert merged[~mask].view(torch.uint8).count_nonzero() == 0, "off is +0.0"
     assert not torch.equal(merged.view(torch.uint8), before["0.weight"].view(torch.uint8))
     model.unmerge_adapter()
     assert_same_bits(before, base_weights(model))
@@ -208,7 +208,7 @@ def test_an_exception_in_the_middle_of_a_merge_leaves_the_base_as_it_was(merge, 
         return put(self, *args)
 
     monkeypatch.setattr(torch.Tensor, "put_", failing_put)
-    with pytest.raises(error, match="pulled the plug"):
+    with pytest.raises(error, match=r"pulled the plug"):
         getattr(model, merge)()
     assert len(calls) > 2, "the first layer had been merged"
     assert_same_bits(before, base_weights(model))
@@ -229,7 +229,7 @@ def test_merging_several_adapters_is_their_product_in_any_order():
         outputs.append(model(x))
         model.unmerge_adapter()
         model.merge_adapter(adapter_names=names[:1])
-        with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        with pytest.warns(UserWarning, match=r"Already following adapters were merged"):
             model.merge_adapter(adapter_names=names[1:])
         outputs.append(model(x))
         model.unmerge_adapter()
@@ -244,7 +244,7 @@ def test_merging_twice_warns_and_does_nothing():
     model = masked_mlp()
     model.merge_adapter()
     merged = base_weights(model)
-    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+    with pytest.warns(UserWarning, match=r"All adapters are already merged, nothing to do"):
         model.merge_adapter()
     assert_same_bits(merged, base_weights(model))
 
@@ -283,7 +283,7 @@ def test_nan_scores_cannot_be_merged(safe_merge):
     before = base_weights(model)
     with torch.no_grad():
         model.base_model.model[2].peft_mask_scores["default"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter default seems to"):
         model.merge_adapter(safe_merge=safe_merge)
     assert_same_bits(before, base_weights(model))
 
@@ -293,7 +293,7 @@ def test_safe_merge_refuses_a_broken_base():
     with torch.no_grad():
         model.base_model.model[2].base_layer.weight.fill_(float("inf"))
     before = base_weights(model)
-    with pytest.raises(ValueError, match="a weight that is kept is not finite"):
+    with pytest.raises(ValueError, match=r"a weight that is kept is not finite"):
         model.merge_adapter(safe_merge=True)
     assert_same_bits(before, base_weights(model))
 
@@ -332,12 +332,12 @@ def test_an_inference_adapter_holds_an_eighth_of_a_byte_a_weight(tmp_path):
 
 
 def test_no_matching_module_is_peft_s_own_error():
-    with pytest.raises(ValueError, match="Target modules {'nothing'} not found in the base model"):
+    with pytest.raises(ValueError, match=r"Target modules {'nothing'} not found in the base model"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), MaskConfig(target_modules=["nothing"]))
 
 
 def test_a_model_without_a_known_backbone_needs_target_modules():
-    with pytest.raises(ValueError, match="Please specify `target_modules` in `peft_config`: Sequential is not"):
+    with pytest.raises(ValueError, match=r"Please specify `target_modules` in `peft_config`: Sequential is not"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), MaskConfig())
 
 
@@ -361,8 +361,8 @@ def test_tied_weights_are_refused():
     model = tiny_model("gpt2", "lm")
     assert model.lm_head.weight is model.transformer.wte.weight
     with (
-        pytest.warns(UserWarning, match="a tied layer is part of the adapter"),  # PEFT's own word on it
-        pytest.raises(ValueError, match="cannot mask 'lm_head': its weight is tied to .*'transformer.wte'"),
+        pytest.warns(UserWarning, match=r"a tied layer is part of the adapter"),  # PEFT's own word on it
+        pytest.raises(ValueError, match=r"cannot mask 'lm_head': its weight is tied to .*'transformer.wte'"),
     ):
         get_peft_model(model, MaskConfig(target_modules=["lm_head", "c_attn"]))
 
@@ -371,8 +371,8 @@ def test_tied_weights_are_refused():
 def test_a_layer_of_another_method_is_refused():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])).base_model.model
     with (
-        pytest.warns(UserWarning, match="Already found a `peft_config` attribute"),
-        pytest.raises(ValueError, match="cannot mask '0': it already carries an adapter of type peft.tuners.lora"),
+        pytest.warns(UserWarning, match=r"Already found a `peft_config` attribute"),
+        pytest.raises(ValueError, match=r"cannot mask '0': it already carries an adapter of type peft.tuners.lora"),
     ):
         get_peft_model(model, MaskConfig(target_modules=["0"]))
 
@@ -381,5 +381,5 @@ def test_a_meta_weight_cannot_be_computed_with():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
     model = get_peft_model(model, MaskConfig(target_modules=["0"]))
-    with pytest.raises(RuntimeError, match="cannot mask a weight on the meta device"):
+    with pytest.raises(RuntimeError, match=r"cannot mask a weight on the meta device"):
         model(torch.randn(2, 4))

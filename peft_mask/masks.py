@@ -1,0 +1,2 @@
+class Masks(dict):  # placeholder, being written
+    pass
