@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -138,7 +139,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _masks_in_force(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the weight under the active adapters that hold bits, and the scores of those that are trained."""
         weight = self._weight()
-        if weight.device.type == "meta":
+        if weight.is_meta:
             raise RuntimeError(
                 "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload "
                 "them."
@@ -159,9 +160,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
         elif not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters):
-            if self._weight().device.type != "meta":
-                return self._masked_forward(x, *args, **kwargs)
-            with onload_layer(self):
+            with onloaded(self):
                 return self._masked_forward(x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
@@ -193,6 +192,11 @@ class Linear(MaskLayer):
 
     def __repr__(self) -> str:
         return "peft_mask." + super().__repr__()
+
+
+def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
+    """Return a context in which the base weight of an offloaded layer is there; costs nothing where it is not offloaded."""
+    return onload_layer(layer) if layer._weight().is_meta else nullcontext()
 
 
 def unsupported_reason(module: nn.Module) -> str | None:

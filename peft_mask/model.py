@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask.config import MaskConfig
-from peft_mask.layer import Linear, MaskLayer, unsupported_reason
+from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
 from peft_mask.state import records_of_adapter, state_from_records
 
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -110,14 +110,24 @@ class MaskModel(BaseTuner):
             adapter_names: adapters to merge, by default the active ones.
             safe_merge: check the merged weights for NaN and infinities before writing them.
         """
+        self._check_merge_allowed()
         layers = list(_mask_layers(self.model))
         depths = [layer.merge_depth for layer in layers]
         try:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            for layer in layers:
+                with onloaded(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
         except BaseException:
             for layer, depth in zip(layers, depths, strict=True):
-                layer.unmerge_to(depth)
+                with onloaded(layer):
+                    layer.unmerge_to(depth)
             raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the weights of the base model back, bit for bit."""
+        for layer in _mask_layers(self.model):
+            with onloaded(layer):
+                layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,

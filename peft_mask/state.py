@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from peft_mask.binarize import binarize_threshold
 from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import fingerprint_of
-from peft_mask.layer import MaskLayer
+from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, pack_bits, unpack_bits
 from peft_mask.record import read_record, write_record
 
@@ -78,7 +77,7 @@ def records_of_adapter(
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
         bits = state_dict[bits_key] if scores is None else pack_bits(binarize_threshold(scores))
-        with onload_layer(layer):
+        with onloaded(layer):
             weight = layer.unmerged_weight()
             tensors[bits_key] = write_record(bits, weight.shape, fingerprint_of(weight))
         if count_zeros(bits, weight.shape) == weight.numel():
@@ -149,7 +148,7 @@ def _module_name(path: str) -> str:
 
 
 def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
-    with onload_layer(layer):
+    with onloaded(layer):
         weight = layer.unmerged_weight()
         try:
             record = read_record(data, weight.shape)

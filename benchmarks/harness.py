@@ -1,0 +1,121 @@
+"""Timing variants in turn in one process, and writing figures down together with where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each counted run of one variant."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, base: Times) -> tuple[float, float, float]:
+        """Median, smallest and largest of the ratios round by round, which a drifting machine disturbs least."""
+        ratios = [own / other for own, other in zip(self.seconds, base.seconds, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def in_turn(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Times]:
+    """Run all variants once a round, A B C A B C ..., and time each run.
+
+    Args:
+        variants: name -> what to time; called `warmup + rounds` times.
+        rounds: counted rounds.
+        warmup: rounds not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if number >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Times(tuple(runs)) for name, runs in seconds.items()}
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the largest number of bytes that tensors allocated in `run` held at one time (CPU allocator)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure depends on besides the code: machine, threads, versions, commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a markdown table."""
+    lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def report(name: str, title: str, body: str, figures: Any, folder: Path = RESULTS) -> None:
+    """Print a result and file it as `<name>.md` and `<name>.json`, with the environment beside it."""
+    where = environment()
+    versions = ", ".join(f"{package} {number}" for package, number in where["versions"].items())
+    footer = (
+        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads; Python {where['python']}, {versions}; "
+        f"commit {where['commit']}, {where['date']}."
+    )
+    text = f"# {title}\n\n{body}\n\n{footer}\n"
+    print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text)
+    (folder / f"{name}.json").write_text(json.dumps({"environment": where, "figures": figures}, indent=1) + "\n")
