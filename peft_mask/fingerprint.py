@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SAMPLES = 16
@@ -24,67 +25,68 @@ class Fingerprint:
 
     Attributes:
         values: the 16 samples as little-endian float16, 32 bytes.
-        precision: k; the values are known within a relative 2^-k.
+        precision: k; the values are known within a relative 2^-k. 0: nothing is known, and every weight agrees.
+
+    Raises:
+        ValueError: a value is not finite, their number is not 16, or k is not from 0 to 10.
     """
 
     values: bytes
     precision: int
 
     def __post_init__(self) -> None:
-        if len(self.values) != 2 * SAMPLES:
-            raise ValueError(f"a fingerprint has {2 * SAMPLES} bytes of values, got {len(self.values)}")
-        if not 0 <= self.precision <= 255:
-            raise ValueError(f"the precision of a fingerprint is from 0 to 255, got {self.precision}")
+        if len(self.values) != 2 * SAMPLES or not np.isfinite(self._samples()).all():
+            raise ValueError(f"a fingerprint holds {SAMPLES} finite float16 values, got {self.values.hex()}")
+        if not 0 <= self.precision <= 10:
+            raise ValueError(f"the precision of a fingerprint is from 0 to 10, got {self.precision}")
+
+    def agrees_with(self, other: Fingerprint) -> bool:
+        """Whether both can be of one weight: ||a - b|| <= 2^-k max(||a||, ||b||), with k the lower precision."""
+        precision = min(self.precision, other.precision)
+        a, b = self._samples(), other._samples()
+        distance = np.linalg.norm(a - b)
+        return precision == 0 or bool(distance <= 2.0**-precision * max(np.linalg.norm(a), np.linalg.norm(b)))
 
     def matches(self, weight: Tensor, *, exact: bool | None = None) -> bool:
-        """Whether `weight` is the weight this fingerprint was taken from, but for rounding.
+        """Whether `weight` can be the weight this fingerprint was taken from.
 
-        With a the samples of `weight`, b those kept here and k the lower precision of the two:
-        ||a - b|| <= 2^-k ||b||.
-
-        Args:
-            weight: as in `fingerprint_of`.
-            exact: as in `fingerprint_of`.
-
-        Returns:
-            True for the same weight in float32, bfloat16, float16 or (k = 1) dequantized from 8 or 4 bits; False for
-            an unrelated weight, and, unless quantized, for one changed by more than about 1 %.
+        True for the same weight rounded to float32, bfloat16, float16, or (then k = 1) dequantized from 8 or 4 bits.
+        False for an unrelated weight and, unless quantized, for one that was changed by more than about 1 %. The
+        arguments are those of `fingerprint_of`.
         """
-        other = fingerprint_of(weight, exact=exact)
-        a, b = other.samples(), self.samples()
-        tolerance = 2.0 ** -min(self.precision, other.precision)
-        return bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b))
+        return self.agrees_with(fingerprint_of(weight, exact=exact))
 
-    def samples(self) -> np.ndarray:
-        """The values as float64, NaN (which no writer makes) as 0."""
-        return np.nan_to_num(np.frombuffer(self.values, "<f2").astype(np.float64))
+    def _samples(self) -> NDArray[np.float64]:
+        return np.frombuffer(self.values, "<f2").astype(np.float64)
+
+
+UNKNOWN = Fingerprint(bytes(2 * SAMPLES), 0)
 
 
 def fingerprint_of(weight: Tensor, *, exact: bool | None = None) -> Fingerprint:
     """Take the fingerprint of a weight.
 
-    The samples are the elements at row-major positions `splitmix64(i) mod numel`, i = 0..15, as float16; values beyond
-    its range are clamped to it and NaN is stored as 0. An empty weight has sixteen zeros.
+    The samples are the elements at the row-major positions `splitmix64(i) mod numel`, i = 0..15, rounded to float16;
+    values beyond its range become its largest, NaN becomes 0. An empty weight has sixteen zeros.
 
     Args:
         weight: any shape, strides, device and real dtype; quantized weights come dequantized.
-        exact: whether the values are free of quantization error. Default: by dtype (float16 and wider are).
+        exact: whether the values are free of quantization error, which makes k = 7 and not 1. By default floating-point
+            dtypes of 16 bits and more are.
 
     Raises:
         ValueError: the weight is on the meta device and has no values.
     """
     if weight.is_meta:
         raise ValueError(
-            "cannot take the fingerprint of a weight on the meta device: it has no values. "
-            "Load the weights first, or switch the check off with check_base=False."
+            "cannot take the fingerprint of a weight on the meta device, which has no values: load the weights first"
         )
     if exact is None:
-        exact = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+        exact = weight.is_floating_point() and weight.dtype.itemsize > 1
     values = torch.zeros(SAMPLES)
     if weight.numel():
-        index = torch.tensor(sample_positions(weight.numel()), device=weight.device)
-        values = _take(weight.detach(), index).to("cpu", torch.float64)
-    values = values.nan_to_num(0.0, _FLOAT16_MAX, -_FLOAT16_MAX).clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+        values = _take(weight.detach(), sample_positions(weight.numel())).to("cpu", torch.float64)
+    values = values.nan_to_num(0.0).clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
     return Fingerprint(values.numpy().astype("<f2").tobytes(), EXACT if exact else QUANTIZED)
 
 
@@ -95,7 +97,7 @@ def sample_positions(numel: int) -> list[int]:
     Source: https://prng.di.unimi.it/splitmix64.c
 
     >>> sample_positions(1000)[:3]
-    [375, 164, 329]
+    [535, 700, 679]
     """
     return [_splitmix64(i) % numel for i in range(SAMPLES)]
 
@@ -107,7 +109,8 @@ def _splitmix64(i: int) -> int:
     return z ^ z >> 31
 
 
-def _take(weight: Tensor, index: Tensor) -> Tensor:
-    if weight.dtype.itemsize == 1:  # float8 has no indexing of its own
+def _take(weight: Tensor, positions: list[int]) -> Tensor:
+    index = torch.tensor(positions, device=weight.device)
+    if weight.dtype.itemsize == 1:  # float8 cannot be indexed, its bytes can
         return weight.view(torch.uint8).take(index).view(weight.dtype)
     return weight.take(index)

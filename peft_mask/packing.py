@@ -57,35 +57,28 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     cols = _matrix(shape)[1]
     # Looking up eight bools as one word is ten times faster than masking and comparing bit by bit.
     words = _mask_of_byte(bits.device).index_select(0, bits.reshape(-1).int())
-    return words.view(bits.shape).view(torch.bool)[:, :cols].reshape(tuple(shape))
+    return words.view(bits.shape).view(torch.bool)[:, :cols].contiguous().view(tuple(shape))
 
 
 def zero_positions(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sorted row-major positions of the weights that are off; quick when they are few.
+    """Sorted row-major positions of the weights that are off.
 
     Args:
         bits: uint8 of shape `bits_shape(shape)`.
         shape: shape of the mask.
 
     Returns:
-        int64, one dimension.
+        int64, one dimension, on the device of `bits`.
 
     >>> zero_positions(torch.tensor([[5]], dtype=torch.uint8), (1, 3))
     tensor([1])
     """
-    return kept_positions(bits ^ _all_kept(shape, bits.device), shape)
+    return _true_positions(~unpack_bits(bits, shape))
 
 
 def kept_positions(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sorted row-major positions of the weights that are kept: the twin of `zero_positions`, quick when they are few."""
-    cols, row_bytes = _matrix(shape)[1], bits.shape[1]
-    flat = bits.reshape(-1)
-    byte = _nonzero(flat)
-    hit = _nonzero((flat[byte].unsqueeze(1) & _bit_values(bits.device)).view(-1))
-    byte = byte[hit >> 3]
-    position = byte * 8 + (hit & 7)
-    padding = 8 * row_bytes - cols
-    return position - byte // row_bytes * padding if padding else position
+    """Sorted row-major positions of the weights that are kept: the twin of `zero_positions`."""
+    return _true_positions(unpack_bits(bits, shape))
 
 
 def bits_from_positions(positions: Tensor, shape: Sequence[int], *, kept: bool) -> Tensor:
@@ -151,8 +144,9 @@ def _mask_of_byte(device: torch.device) -> Tensor:
     return ((values.unsqueeze(1) & _bit_values(device)) != 0).view(torch.int64).squeeze(1)
 
 
-def _nonzero(flat: Tensor) -> Tensor:
-    if flat.device.type == "cpu":  # where numpy finds the few several times faster than torch does
+def _true_positions(mask: Tensor) -> Tensor:
+    flat = mask.view(-1)
+    if flat.device.type == "cpu":  # where numpy is several times faster than torch
         return torch.from_numpy(np.flatnonzero(flat.numpy()))
     return flat.nonzero().squeeze(1)
 

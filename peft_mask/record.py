@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .coding import decode_gaps, encode_gaps
-from .fingerprint import SAMPLES, Fingerprint
-from .packing import (
+from peft_mask.coding import coded_size, decode_gaps, encode_gaps
+from peft_mask.fingerprint import Fingerprint
+from peft_mask.packing import (
     bits_from_positions,
     bits_shape,
     count_zeros,
@@ -29,8 +30,7 @@ from .packing import (
 MAGIC, VERSION = b"PMSK", 1
 BITS, GAPS = 0, 1
 MAX_DIMENSIONS = 8
-# Few coded bytes may stand for many weights: without an expected shape, no more than 2 GiB of bits are allocated.
-MAX_UNEXPECTED_WEIGHTS = 1 << 34
+MAX_BYTES = 1 << 31  # of bits, where no shape is expected: a few coded bytes may claim any number of weights
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,28 @@ class Record:
 
 
 def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint) -> Tensor:
-    """Write a mask as a record; the shorter of packed bits and coded gaps.
+    """Write a mask as a record, with packed bits or coded gaps, whichever is shorter.
 
     Args:
-        bits: uint8 of shape `bits_shape(shape)`, padding bits zero.
-        shape: shape of the mask, 1 to 8 dimensions.
-        fingerprint: of the weight the mask is made for.
+        bits: uint8 of shape `bits_shape(shape)`, padding bits zero; any device.
+        shape: shape of the mask, 1 to 8 dimensions, each below 2^32.
+        fingerprint: of the weight the mask is for.
 
     Returns:
-        uint8, one dimension, on the CPU; the same bytes for the same mask, always.
+        uint8, one dimension, on the CPU; always the same bytes for the same arguments.
+
+    Raises:
+        ValueError: the mask has more than 8 dimensions.
     """
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a mask has at most {MAX_DIMENSIONS} dimensions, got {_words(shape)}")
     bits = bits.cpu()
     zeros = count_zeros(bits, shape)
-    codec, payload = _payload(bits, shape, zeros)
+    codec, payload = GAPS, encode_gaps(_rarer_positions(bits, shape, zeros), math.prod(shape))
+    if len(payload) >= bits.numel():
+        codec, payload = BITS, bits.numpy().tobytes()
     head = struct.pack("<4s4B", MAGIC, VERSION, codec, len(shape), fingerprint.precision)
-    head += struct.pack(f"<{len(shape)}IQ", *shape, zeros) + fingerprint.values
-    body = head + payload
+    body = head + struct.pack(f"<{len(shape)}IQ", *shape, zeros) + fingerprint.values + payload
     return torch.frombuffer(bytearray(body + struct.pack("<I", zlib.crc32(body))), dtype=torch.uint8)
 
 
@@ -77,71 +83,72 @@ def read_record(data: Tensor, shape: Sequence[int] | None = None) -> Record:
 
     Args:
         data: uint8, one dimension.
-        shape: shape the mask must have. Everything is checked before anything of the size of the mask is allocated, so
-            that a forged record costs no more memory than this shape. Without it a mask may have 2^34 weights.
+        shape: the shape the mask must have. It is checked before memory is taken, so that a forged record costs no more
+            than this mask and its own length do. Without it, the packed bits of a mask may take 2 GiB.
 
     Raises:
-        ValueError: the bare reason; the caller knows which module and file it is about.
+        ValueError: the bare reason, to be completed with the names of module and file.
+
+    >>> fingerprint = Fingerprint(bytes(32), precision=7)
+    >>> read_record(write_record(torch.tensor([[5]], dtype=torch.uint8), (1, 3), fingerprint)).zeros
+    1
     """
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"a mask is stored as one dimension of uint8, got {data.dtype} of shape {tuple(data.shape)}")
-    raw = data.cpu().contiguous().numpy().tobytes()
+    raw = data.cpu().numpy().tobytes()
     if raw[:4] != MAGIC:
-        raise ValueError("it does not start as a mask of peft_mask does")
-    if len(raw) >= 5 and raw[4] > VERSION:
-        raise ValueError(
-            f"it has format version {raw[4]}, written by a newer peft_mask, please upgrade (this one reads {VERSION})"
-        )
-    dimensions = raw[6] if len(raw) > 6 else 0
-    start = 16 + 4 * dimensions + 2 * SAMPLES
-    if len(raw) < start + 4:
-        raise ValueError(f"it is cut short: {len(raw)} bytes")
+        raise ValueError("it does not begin as a mask of peft_mask does")
+    if len(raw) > 4 and raw[4] > VERSION:
+        raise ValueError(f"it has format version {raw[4]}, written by a newer peft_mask, please upgrade peft_mask")
+    if len(raw) < 8 or len(raw) < (start := 48 + 4 * raw[6]) + 4:
+        raise ValueError(f"it is cut short, after {len(raw)} bytes")
     if zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
         raise ValueError("its checksum is wrong: the file is damaged or cut short")
-    version, codec, _, precision = raw[4:8]
-    found: tuple[int, ...]
-    *found, zeros = struct.unpack_from(f"<{dimensions}IQ", raw, 8)  # type: ignore[assignment]
-    found = tuple(found)
+    version, codec, dimensions, precision = raw[4:8]
     if version != VERSION or codec not in (BITS, GAPS) or not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"its header is malformed: version {version}, codec {codec}, {dimensions} dimensions")
-    if shape is not None and found != tuple(shape):
-        raise ValueError(f"its shape is {_words(found)}, expected {_words(shape)}")
-    weights = math.prod(found)
-    if shape is None and weights > MAX_UNEXPECTED_WEIGHTS:
-        raise ValueError(f"it claims {weights} weights, more than 2^34")
-    if zeros > weights:
-        raise ValueError(f"it claims {zeros} zeros among {weights} weights")
-    fingerprint = Fingerprint(raw[start - 2 * SAMPLES : start], precision)
-    bits = _decode(codec, raw[start:-4], found, zeros)
-    return Record(bits, found, zeros, fingerprint, codec)
+    *sizes, zeros = struct.unpack_from(f"<{dimensions}IQ", raw, 8)
+    if shape is not None and sizes != list(shape):
+        raise ValueError(f"its shape is {_words(sizes)}, expected {_words(shape)}")
+    if shape is None and math.prod(bits_shape([max(size, 1) for size in sizes])) > MAX_BYTES:
+        raise ValueError(f"its shape is {_words(sizes)}, which is too large to be believed")
+    if zeros > math.prod(sizes):
+        raise ValueError(f"it claims {zeros} zeros among {_words(sizes)} weights")
+    fingerprint = Fingerprint(raw[start - 32 : start], precision)
+    bits = (_read_gaps if codec == GAPS else _read_bits)(raw[start:-4], sizes, zeros)
+    return Record(bits, tuple(sizes), zeros, fingerprint, codec)
 
 
-def _payload(bits: Tensor, shape: Sequence[int], zeros: int) -> tuple[int, bytes]:
-    rarer_is_kept = 2 * zeros > math.prod(shape)
-    positions = (kept_positions if rarer_is_kept else zero_positions)(bits, shape)
-    coded = encode_gaps(positions.numpy(), math.prod(shape))
-    return (GAPS, coded) if len(coded) < bits.numel() else (BITS, bits.numpy().tobytes())
-
-
-def _decode(codec: int, payload: bytes, shape: tuple[int, ...], zeros: int) -> Tensor:
-    weights = math.prod(shape)
+def _read_bits(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
     size = math.prod(bits_shape(shape))
-    if codec == GAPS:
-        rarer_is_kept = 2 * zeros > weights
-        if len(payload) >= size:
-            raise ValueError("its codec is not the shorter one")
-        positions = decode_gaps(payload, weights - zeros if rarer_is_kept else zeros, weights)
-        return bits_from_positions(torch.from_numpy(positions), shape, kept=rarer_is_kept)
     if len(payload) != size:
         raise ValueError(f"{_words(shape)} weights need {size} bytes of bits, it has {len(payload)}")
     bits = torch.from_numpy(np.frombuffer(payload, np.uint8).copy()).view(bits_shape(shape))
     if not has_clean_padding(bits, shape):
-        raise ValueError("padding bits are set")
+        raise ValueError("its padding is not zero")
     if count_zeros(bits, shape) != zeros:
-        raise ValueError(f"it claims {zeros} zeros, the bits have {count_zeros(bits, shape)}")
-    if _payload(bits, shape, zeros)[0] != BITS:
-        raise ValueError("its codec is not the shorter one")
+        raise ValueError(f"it claims {zeros} zeros, its bits have {count_zeros(bits, shape)}")
+    if coded_size(_rarer_positions(bits, shape, zeros), math.prod(shape)) < size:
+        raise ValueError("it is stored as bits, though gaps are shorter")
     return bits
+
+
+def _read_gaps(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
+    if len(payload) >= math.prod(bits_shape(shape)):
+        raise ValueError("it is stored as gaps, though bits are not longer")
+    weights, kept = math.prod(shape), _codes_kept(shape, zeros)
+    positions = decode_gaps(payload, weights - zeros if kept else zeros, weights)
+    return bits_from_positions(torch.from_numpy(positions), shape, kept=kept)
+
+
+def _rarer_positions(bits: Tensor, shape: Sequence[int], zeros: int) -> NDArray[np.int64]:
+    find = kept_positions if _codes_kept(shape, zeros) else zero_positions
+    return find(bits, shape).numpy()
+
+
+def _codes_kept(shape: Sequence[int], zeros: int) -> bool:
+    """Whether gaps are between kept weights, which are then rarer than the zeros."""
+    return 2 * zeros > math.prod(shape)
 
 
 def _words(shape: Sequence[int]) -> str:

@@ -1,0 +1,51 @@
+# Everything runs in .venv, made on first use from the pinned versions in constraints.txt; nothing is fetched from a hub.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# twice quiet: errors alone; the lines in front of each step say what is going on
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("constraints.txt pins versions for Python 3.11 or newer, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.11")'
+	@echo "[1/3] $(VENV): new environment of $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] $(VENV): torch (the largest download)"
+	@$(PIP) torch
+	@echo "[3/3] $(VENV): peft-mask with its other dependencies"
+	@$(PIP) -e ".[dev,examples,plots]"
+	@touch $@
+
+demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-tuning, switch between them
+	$(RUN) -m examples.demo
+
+test: $(READY) ## every test but the slow ones
+	$(RUN) -m pytest -m "not slow" -n logical
+
+test-slow: $(READY) ## the slow tests
+	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow test was collected
+
+lint: $(READY) ## style, types and the direction of imports
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(READY) ## mend what ruff can mend
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+bench: $(READY) ## the benchmarks
+	$(RUN) -m benchmarks
+
+clean: ## remove the environment and the tools' caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,68 @@
+"""The methods: a table of rows.
+
+The head is new in every method, so it learns at one rate of its own, `HEAD_LR`, the same for all; the rate that dev
+chooses is that of the pretrained weights, of LoRA's matrices, or of the mask's scores. With one rate for everything, as
+is the habit, full fine-tuning at the small rates it likes leaves the head untrained in budgets as short as these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.accuracy.probe import Probe
+from benchmarks.accuracy.sizes import in_head
+from benchmarks.accuracy.training import Method
+from peft_mask import MaskConfig, create_mask_optimizer
+
+HEAD_LR = 1e-3
+HEAD_NOTE = f"the head learns at {HEAD_LR:g}"
+
+
+def adamw(model: nn.Module, lr: float) -> Optimizer:
+    """AdamW with the head at `HEAD_LR` and everything else that is trained at `lr`."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if not in_head(name)], "lr": lr},
+        {"params": [p for name, p in trained if in_head(name)], "lr": HEAD_LR},
+    ]
+    return AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def mask_adamw(model: nn.Module, lr: float) -> Optimizer:
+    """The same with the scores at `lr`."""
+    return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr, weight_decay=0.0, fused=True)
+
+
+def full(model: nn.Module, task_type: str) -> nn.Module:
+    return model
+
+
+def mask(model: nn.Module, task_type: str) -> nn.Module:
+    return get_peft_model(model, MaskConfig(task_type=task_type))
+
+
+def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
+    def build(model: nn.Module, task_type: str) -> nn.Module:
+        # PEFT leaves the head out of "all-linear" for sequence classification alone; here it stays out for tagging too.
+        config = LoraConfig(
+            task_type=task_type, r=r, lora_alpha=2 * r, target_modules="all-linear", exclude_modules=["classifier"]
+        )
+        return get_peft_model(model, config)
+
+    return build
+
+
+METHODS: dict[str, Method | Probe] = {
+    method.name: method
+    for method in (
+        Method("mask", f"MaskConfig(); {HEAD_NOTE}", mask, mask_adamw, (2e-4, 3e-4, 5e-4)),
+        Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
+        Method("lora-r8", f"all-linear, alpha 16, dropout 0; {HEAD_NOTE}", lora(8), adamw, (1e-3, 3e-3, 1e-2)),
+        Method("lora-r1", f"all-linear, alpha 2, dropout 0; {HEAD_NOTE}", lora(1), adamw, (1e-3, 3e-3, 1e-2)),
+        Probe(),
+    )
+}

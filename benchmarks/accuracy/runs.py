@@ -1,0 +1,201 @@
+"""The search: which runs there are, each a JSON file, so that the whole can be stopped and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy import probe, training
+from benchmarks.accuracy.probe import Probe
+from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.training import Method, Setting
+
+SEARCH_SEED = 0
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: it is done when `file` exists, and scored when that holds a `test`."""
+
+    task: Task
+    method: Method | Probe
+    lr: float
+    seed: int
+    steps: int
+    results: Path
+
+    @property
+    def file(self) -> Path:
+        return self.results / self.task.name / f"{self.method.name}-{self.lr:g}-{self.seed}-{self.steps}.json"
+
+    @property
+    def state(self) -> Path:
+        return self.file.with_suffix(".safetensors")
+
+    def read(self) -> dict[str, Any] | None:
+        return json.loads(self.file.read_text("utf-8")) if self.file.exists() else None
+
+    def write(self, result: dict[str, Any]) -> None:
+        # Renamed into place: a run that is killed leaves no half a file, which would count as done.
+        unfinished = self.file.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        unfinished.replace(self.file)
+
+
+class Progress:
+    """Prints what is done, and when the rest should be."""
+
+    def __init__(self) -> None:
+        self.start, self.done, self.left = time.perf_counter(), 0, 0
+
+    def line(self, text: str) -> None:
+        seconds = time.perf_counter() - self.start
+        eta = f"{seconds / self.done * self.left / 60:.0f} min left" if self.done else "time left unknown"
+        print(f"[{seconds / 60:.1f} min, {eta}] {text}", flush=True)
+
+
+def run_all(
+    tasks: Iterable[Task],
+    methods: Iterable[Method | Probe],
+    seeds: Sequence[int],
+    setting: Setting,
+    results: Path,
+    steps: int | None = None,
+) -> None:
+    """Does every run that has no result yet: tries, choice on dev, the other seeds, test scores.
+
+    `steps` replaces the budget of every task.
+    """
+    pairs = [(task, method) for task in tasks for method in methods]
+    progress = Progress()
+    progress.left = sum(_unfinished_steps(task, method, seeds, results, steps or task.steps) for task, method in pairs)
+    for task, method in pairs:
+        search(task, method, seeds, setting, results, steps or task.steps, progress)
+
+
+def search(
+    task: Task,
+    method: Method | Probe,
+    seeds: Sequence[int],
+    setting: Setting,
+    results: Path,
+    steps: int,
+    progress: Progress | None = None,
+) -> None:
+    """Chooses the learning rate on dev with `SEARCH_SEED`, then scores test once for each seed at that rate.
+
+    Test is first read when the choice is made. A tie goes to the smaller rate.
+    """
+    progress = progress or Progress()
+    tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
+    dev = [_do(run, setting, progress)["dev"] for run in tries]
+    chosen = tries[dev.index(max(dev))]
+    for run in tries:
+        if run is not chosen:
+            run.state.unlink(missing_ok=True)
+    for seed in _seeds(method, seeds):
+        run = Run(task, method, chosen.lr, seed, steps, results)
+        result = _do(run, setting, progress)
+        if "test" not in result:
+            if not run.state.exists():
+                progress.line(f"{_title(run)}: its parameters are gone, it is trained again")
+                run.file.unlink()
+                result = _do(run, setting, progress)
+            score = probe.score_test if isinstance(method, Probe) else training.score_test
+            result["test"] = score(task, method, seed, setting, run.state)  # type: ignore[arg-type]
+            run.write(result)
+            progress.line(f"{_title(run)}: test {result['test']:.4f}")
+        run.state.unlink(missing_ok=True)
+
+
+def _do(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
+    """The result of `run`, from its file or by training."""
+    settings = {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
+    if (done := run.read()) is not None:
+        if done["settings"] != settings:
+            raise ValueError(
+                f"'{run.file.name}' of {run.task.name} was made with the settings {done['settings']}, this run has "
+                f"{settings}. Delete it, or choose another folder with --results."
+            )
+        return done
+    run.file.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    fit = probe.train if isinstance(run.method, Probe) else training.train
+    figures = fit(run.task, run.method, run.lr, run.seed, run.steps, setting, run.state)  # type: ignore[arg-type]
+    result: dict[str, Any] = {
+        "task": run.task.name,
+        "method": run.method.name,
+        "lr": run.lr,
+        "seed": run.seed,
+        "steps": run.steps,
+        **figures,
+        "seconds": round(time.perf_counter() - start, 2),
+        "settings": settings,
+        "environment": environment(),
+    }
+    run.write(result)
+    weight = _weight(run.method, run.steps)
+    progress.done, progress.left = progress.done + weight, progress.left - weight
+    progress.line(f"{_title(run)}: dev {result['dev']:.4f}, {result['seconds']:.0f} s")
+    return result
+
+
+def _seeds(method: Method | Probe, seeds: Sequence[int]) -> Sequence[int]:
+    return (SEARCH_SEED,) if isinstance(method, Probe) else seeds
+
+
+def _weight(method: Method | Probe, steps: int) -> int:
+    """Steps a run counts for in the estimate of the time left; a probe costs about a tenth of a training."""
+    return max(1, steps // 10) if isinstance(method, Probe) else steps
+
+
+def _unfinished_steps(task: Task, method: Method | Probe, seeds: Sequence[int], results: Path, steps: int) -> int:
+    tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in method.lrs]
+    runs = sum(not run.file.exists() for run in tries)
+    for seed in set(_seeds(method, seeds)) - {SEARCH_SEED}:
+        runs += not any(Run(task, method, lr, seed, steps, results).file.exists() for lr in method.lrs)
+    return runs * _weight(method, steps)
+
+
+def _title(run: Run) -> str:
+    return f"{run.task.name} {run.method.name} {run.lr:g} seed {run.seed}"
+
+
+def environment() -> dict[str, Any]:
+    """What a figure may depend on beside the settings."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu": _cpu(),
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The commit of the code, with `+` behind it if tracked files differ from it."""
+    try:
+        describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        folder = Path(__file__).parent
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

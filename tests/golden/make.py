@@ -1,0 +1,73 @@
+"""The golden masks, and the script that wrote their records: `python -m tests.golden.make`.
+
+The files are format version 1 for ever: a change of the code that changes one of them is wrong. New masks may be added.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
+from peft_mask.masks import Masks
+from peft_mask.packing import pack_bits
+from peft_mask.record import write_record
+
+HERE = Path(__file__).parent
+
+
+def scattered(shape: tuple[int, ...], sparsity: float) -> Tensor:
+    """A mask that looks random and is the same on every machine."""
+    return hashed(shape) >= int(sparsity * 2**32)
+
+
+def uneven(rows: int, cols: int) -> Tensor:
+    """A mask whose first rows are dense in zeros and whose last rows have few."""
+    rate = torch.arange(rows, 0, -1).square() * (2**31 // rows**2)
+    return hashed((rows, cols)) >= rate.unsqueeze(1)
+
+
+def hashed(shape: tuple[int, ...]) -> Tensor:
+    index = torch.arange(torch.Size(shape).numel())
+    mixed = (index + 1) * 2654435761 % 2**32
+    return ((mixed ^ mixed >> 15) * 2246822519 % 2**32).reshape(shape)
+
+
+MASKS = {
+    "zeros_listed": scattered((40, 50), 0.02),
+    "kept_listed": scattered((30, 33), 0.97),
+    "uneven": uneven(100, 60),
+    "packed": scattered((7, 23), 0.5),
+    "all_kept": torch.ones(3, 7, dtype=torch.bool),
+    "all_off": torch.zeros(9, 20, dtype=torch.bool),
+    "one_weight_off": torch.zeros(1, 1, dtype=torch.bool),
+    "no_weights": torch.ones(0, 4, dtype=torch.bool),
+    "vector": scattered((200,), 0.05),
+    "convolution": scattered((4, 3, 5, 5), 0.1),
+}
+
+
+def weight_of(mask: Tensor) -> Tensor:
+    """A weight for the mask, exact in float16."""
+    return (hashed(tuple(mask.shape)) % 2**11 - 2**10).float() / 2**10
+
+
+def fingerprint_for(name: str) -> Fingerprint:
+    return UNKNOWN if name == "all_kept" else fingerprint_of(weight_of(MASKS[name]), exact=name != "packed")
+
+
+def record_for(name: str) -> bytes:
+    mask = MASKS[name]
+    return write_record(pack_bits(mask), mask.shape, fingerprint_for(name)).numpy().tobytes()
+
+
+def adapter() -> Masks:
+    return Masks({f"encoder.{name}": mask for name, mask in MASKS.items()})
+
+
+if __name__ == "__main__":
+    for name in MASKS:
+        (HERE / f"{name}.record").write_bytes(record_for(name))
+    adapter().save(HERE / "adapter")

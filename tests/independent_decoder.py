@@ -1,0 +1,59 @@
+"""A second reader of mask records, written from docs/format.md alone: pure Python, a bit at a time, no peft_mask."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+
+
+def decode(record: bytes) -> tuple[tuple[int, ...], list[bool], int, tuple[float, ...]]:
+    """Return shape, mask in row-major order, and precision and values of the fingerprint."""
+    magic, version, codec, dimensions, precision = struct.unpack_from("<4s4B", record)
+    assert (magic, version) == (b"PMSK", 1)
+    assert zlib.crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
+    *shape, zeros = struct.unpack_from(f"<{dimensions}IQ", record, 8)
+    fingerprint = struct.unpack_from("<16e", record, 16 + 4 * dimensions)
+    payload, size = record[48 + 4 * dimensions : -4], math.prod(shape)
+    if codec == 0:
+        mask = from_bits(payload, shape)
+    else:
+        kept_listed = 2 * zeros > size
+        listed = set(from_gaps(payload, size - zeros if kept_listed else zeros, size))
+        mask = [(position in listed) == kept_listed for position in range(size)]
+    assert mask.count(False) == zeros
+    return tuple(shape), mask, precision, fingerprint
+
+
+def from_bits(payload: bytes, shape: list[int]) -> list[bool]:
+    rows, columns = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+    width = (columns + 7) // 8
+    return [bool(payload[r * width + c // 8] >> c % 8 & 1) for r in range(rows) for c in range(columns)]
+
+
+def from_gaps(payload: bytes, count: int, size: int) -> Iterator[int]:
+    bits = iter([byte >> i & 1 for byte in payload for i in range(8)])
+    blocks = math.ceil(count / 64)
+    unary = []
+    for _ in range(blocks + count):
+        unary.append(0)
+        while not next(bits):
+            unary[-1] += 1
+    width, widths = start_width(size, count), []
+    for code in unary[:blocks]:
+        width += -(code + 1) // 2 if code % 2 else code // 2
+        widths += [width] * 64
+    remainders = [0] * count
+    for plane in range(max(widths, default=0)):
+        for i in range(count):
+            if widths[i] > plane:
+                remainders[i] |= next(bits) << plane
+    position = -1
+    for i in range(count):
+        position += 1 + (unary[blocks + i] << widths[i]) + remainders[i]
+        yield position
+
+
+def start_width(span: int, count: int) -> int:
+    return next(k for k in range(64) if 25 * 2**k * count >= 12 * span - 6 * count or not count)

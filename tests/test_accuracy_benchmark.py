@@ -1,0 +1,229 @@
+"""The accuracy benchmark, end to end on a tiny random model and a few made-up rows."""
+
+import json
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import probe, report, runs, sizes, tasks, training
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
+from benchmarks.accuracy.training import Method, Setting
+
+WORDS = ["red", "green", "blue", "runs", "sleeps", "un", "##happy", "the", "a"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two of the table's tasks with 40 training rows each."""
+    folder = tmp_path / "data"
+    for name in ("trec", "ud_ewt_pos"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "labels.json").write_text(json.dumps(["NOUN", "VERB", "X"]), "utf-8")
+        for split, count in (("train", 40), ("dev", 9), ("test", 7)):
+            write_split(folder, name, split, count)
+    return folder
+
+
+def write_split(folder: Path, name: str, split: str, count: int) -> None:
+    if name == "trec":
+        rows = [{"text": f"the {WORDS[i % 5]} " * (1 + i % 3), "label": i % 3} for i in range(count)]
+        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        sentence = "the\tDT\tX\nred\tJJ\tNOUN\nunhappy\tJJ\tNOUN\nruns\tVB\tVERB\n\n"
+        (folder / name / f"{split}.conll").write_text(sentence * count, "utf-8")
+
+
+@pytest.fixture
+def setting(data: Path, model: Path) -> Setting:
+    return Setting(data, str(model))
+
+
+def run(data: Path, model: Path, results: Path, *more: str) -> None:
+    options = ["--data", data, "--model", model, "--results", results, "--steps", STEPS, "--threads", 1, *more]
+    command.main([str(option) for option in ["run", "--tasks", "trec", "ud_ewt_pos", *options]])
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/*.json"))}
+
+
+def test_one_command_runs_every_method_and_makes_the_report(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    run(data, model, results, "--seeds", "0", "1")
+    rows = report.rows_of(report.read_results(results))
+    assert [(row.task, row.method) for row in rows] == [(t, m) for t in ("trec", "ud_ewt_pos") for m in METHODS]
+    assert all(len(row.tries) == 3 for row in rows)
+    assert all(row.seeds == ((0,) if row.method == "probe" else (0, 1)) for row in rows)
+    assert not list(results.rglob("*.safetensors")), "trained parameters are left behind"
+    page = (results / "README.md").read_text("utf-8")
+    assert all(f"| {method} |" in page for method in METHODS)
+    assert str(tmp_path) not in page + "".join(map(json.dumps, results_in(results).values()))
+    assert {mean["method"] for mean in json.loads((results / "summary.json").read_text())["means"]} == set(METHODS)
+    assert (results / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "| mask | 2 |" in capsys.readouterr().out
+    by_method = {row.method: row for row in rows if row.task == "trec"}
+    assert by_method["mask"].bytes < by_method["lora-r8"].bytes < by_method["full"].bytes
+    assert by_method["probe"].bytes == 0
+    assert len({row.head_bytes for row in by_method.values()}) == 1, "the head is the same in every method"
+
+
+def test_a_second_call_trains_nothing(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    run(data, model, results, "--seeds", "0", "--methods", "full", "probe")
+    before = results_in(results)
+    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(probe, "train", None)
+    run(data, model, results, "--seeds", "0", "--methods", "full", "probe")
+    assert results_in(results) == before
+
+
+def test_a_run_cut_off_is_taken_up_where_it_stopped(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, calls = training.train, []
+
+    def cut_off(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(training, "train", cut_off)
+    for _ in range(2):
+        try:
+            runs.search(TASKS["trec"], METHODS["lora-r1"], [0], setting, tmp_path, STEPS)
+        except KeyboardInterrupt:
+            assert len(results_in(tmp_path)) == 2
+    assert len(calls) == 4, "three tries, one of them begun twice"
+    assert len(results_in(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name", ["mask", "probe"])
+def test_search_never_reads_test(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    read: list[str] = []
+    load = tasks.load_rows
+
+    def spy(task: tasks.Task, split: tasks.Split, model: str, data: Path) -> Rows:
+        if split == "test":
+            read.append(f"test after {len(results_in(tmp_path))} results")
+        return load(task, split, model, data)
+
+    monkeypatch.setattr(training, "load_rows", spy)
+    runs.search(TASKS["trec"], METHODS[name], [0, 1], setting, tmp_path, STEPS)
+    assert set(read) == (
+        {"test after 3 results"} if name == "probe" else {"test after 3 results", "test after 4 results"}
+    )
+    scored = [result for result in results_in(tmp_path).values() if "test" in result]
+    assert len({result["lr"] for result in scored}) == 1
+    assert len(scored) == (1 if name == "probe" else 2)
+
+
+def test_search_chooses_the_rate_best_on_dev_and_the_smaller_of_equals(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dev = {1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.7}
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *a: {**train(*a), "dev": dev[a[2]]})
+    runs.search(TASKS["trec"], METHODS["lora-r8"], [0], setting, tmp_path, STEPS)
+    assert [name for name, result in results_in(tmp_path).items() if "test" in result] == [
+        f"lora-r8-0.003-0-{STEPS}.json"
+    ]
+
+
+def test_test_is_scored_with_the_parameters_of_the_run(setting: Setting, tmp_path: Path) -> None:
+    method, task, state = METHODS["mask"], TASKS["ud_ewt_pos"], tmp_path / "state.safetensors"
+    assert isinstance(method, Method)
+    (setting.data / task.name / "test.conll").write_bytes((setting.data / task.name / "dev.conll").read_bytes())
+    figures = training.train(task, method, 1e-3, 1, STEPS, setting, state)
+    assert training.score_test(task, method, 1, setting, state) == figures["dev"]
+
+
+def test_a_run_is_a_function_of_its_seed(setting: Setting) -> None:
+    method = METHODS["lora-r8"]
+    assert isinstance(method, Method)
+    losses = [training.train(TASKS["trec"], method, 1e-3, seed, STEPS, setting)["loss"] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:
+    runs.search(TASKS["trec"], METHODS["probe"], [0], setting, tmp_path, STEPS)
+    with pytest.raises(ValueError, match=r"probe-0.001-0-3.json' of trec was made with the settings .* Delete it"):
+        runs.search(TASKS["trec"], METHODS["probe"], [0], replace(setting, batch_size=8), tmp_path, STEPS)
+
+
+def test_parameters_of_another_method_are_refused(setting: Setting, tmp_path: Path) -> None:
+    method = METHODS["full"]
+    assert isinstance(method, Method)
+    save_file({"other": torch.zeros(1)}, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=r"cannot score 'state.safetensors': it holds other parameters than full"):
+        training.score_test(TASKS["trec"], method, 0, setting, tmp_path / "state.safetensors")
+
+
+def test_test_scores_at_two_rates_are_refused(setting: Setting, tmp_path: Path) -> None:
+    runs.search(TASKS["trec"], METHODS["probe"], [0], setting, tmp_path, STEPS)
+    results = report.read_results(tmp_path)
+    with pytest.raises(ValueError, match="probe on trec has test scores at the rates"):
+        report.rows_of([{**result, "test": 0.5} for result in results])
+
+
+def test_data_folder_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "--data is missing" in capsys.readouterr().err
+
+
+def test_a_words_label_stands_on_its_last_piece_and_words_cut_off_count(setting: Setting) -> None:
+    rows = setting.rows(TASKS["ud_ewt_pos"], "dev")
+    assert rows.labels[0] == [IGNORED, 2, 0, IGNORED, 0, 1, IGNORED]  # [CLS] the red un ##happy runs [SEP]
+    short = setting.rows(replace(TASKS["ud_ewt_pos"], max_length=4), "dev")
+    assert short.labels[0] == [IGNORED, 2, 0, IGNORED]
+    assert short.labelled == rows.labelled == 9 * 4
+
+
+def test_batches_are_a_function_of_the_seed_and_show_every_row_once_an_epoch() -> None:
+    rows = Rows([[0] * (1 + i % 7) for i in range(96)], [0] * 96, 96, pad=0)
+    batches = list(training_batches(rows, seed=3, steps=6, batch_size=32))
+    assert batches == list(training_batches(rows, seed=3, steps=6, batch_size=32))
+    assert batches != list(training_batches(rows, seed=4, steps=6, batch_size=32))
+    assert sorted(chain(*batches[:3])) == sorted(chain(*batches[3:])) == list(range(96))
+    assert batches[:2] == list(training_batches(rows, seed=3, steps=2, batch_size=32))
+
+
+def test_too_few_rows_for_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="a batch of 32 needs as many rows, the training split has 1"):
+        list(training_batches(Rows([[0]], [0], 1, pad=0), seed=0, steps=1, batch_size=32))
+
+
+def test_entropy() -> None:
+    assert sizes.entropy(0.0) == sizes.entropy(1.0) == 0.0
+    assert sizes.entropy(0.5) == 1.0
+    assert sizes.entropy(0.05) == pytest.approx(0.286, abs=5e-4)
