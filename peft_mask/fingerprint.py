@@ -41,11 +41,14 @@ class Fingerprint:
             raise ValueError(f"the precision of a fingerprint is from 0 to 10, got {self.precision}")
 
     def agrees_with(self, other: Fingerprint) -> bool:
-        """Whether both can be of one weight: ||a - b|| <= 2^-k max(||a||, ||b||), with k the lower precision."""
+        """Whether both can be of one weight: ||a - b|| <= 2^-k max(||a||, ||b||) + 2^-22, with k the lower precision.
+
+        The last term is what rounding to float16 can make of weights too small for it.
+        """
         precision = min(self.precision, other.precision)
         a, b = self._samples(), other._samples()
-        distance = np.linalg.norm(a - b)
-        return precision == 0 or bool(distance <= 2.0**-precision * max(np.linalg.norm(a), np.linalg.norm(b)))
+        tolerance = 2.0**-precision * max(np.linalg.norm(a), np.linalg.norm(b)) + 2.0**-22
+        return precision == 0 or bool(np.linalg.norm(a - b) <= tolerance)
 
     def matches(self, weight: Tensor, *, exact: bool | None = None) -> bool:
         """Whether `weight` can be the weight this fingerprint was taken from.

@@ -53,7 +53,7 @@ class Masks(Mapping[str, Tensor]):
 
     A value: nothing changes it, and what it yields are copies. It keeps packed bits, an eighth of the bytes of the
     masks, and unpacks a mask whenever it is asked for one. It holds masks only: what else was trained, such as a
-    classification head, is neither loaded nor saved.
+    classification head, is neither loaded nor saved, and a model under saved masks has the head of its base model.
 
         a & b       kept in both            (the masks of both adapters applied, one after the other)
         a | b       kept in at least one
@@ -278,7 +278,10 @@ def _read_config(file: Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"cannot load masks: '{file}' is not JSON ({error}). Download or save it again.") from error
-    return config | {"modules_to_save": None}  # which are not masks, and not saved
+    if config.get("modules_to_save"):
+        # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
+        config |= {"modules_to_save": None, "task_type": None}
+    return config
 
 
 def _config_naming(modules: Iterable[str]) -> dict[str, Any]:

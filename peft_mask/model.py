@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -168,6 +169,16 @@ class MaskModel(BaseTuner):
         self.set_adapter(adapter_name)
         self.enable_adapter_layers()
         self.merge_adapter(adapter_names=[adapter_name])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT asks this of a method that can mix adapters in one batch, and drops `adapter_names` silently otherwise.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "peft_mask cannot mix adapters in one batch yet. Run the rows of each adapter on their own, after "
+                "set_adapter(name) or switch_adapter(name)."
+            )
+        yield
 
     # ---- saving and loading ----
 

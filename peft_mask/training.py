@@ -16,8 +16,8 @@ from peft_mask.packing import count_zeros, pack_bits
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
-HEAD_LR = 1e-3
-MASK_LR = 3e-4
+HEAD_LR = 5e-3
+MASK_LR = 5e-4
 
 
 def create_mask_optimizer(

@@ -46,7 +46,11 @@ def test_decoding_restores_blocks_whole_and_cut(count):
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 def test_whatever_decodes_is_what_encoding_writes(size):
     """Of all strings of up to ten bits, exactly the canonical ones are accepted."""
-    strings = {b"", *(bytes([low]) for low in range(256)), *(bytes([low, high]) for low in range(256) for high in range(4))}
+    strings = {
+        b"",
+        *(bytes([low]) for low in range(256)),
+        *(bytes([low, high]) for low in range(256) for high in range(4)),
+    }
     for count in range(min(size, 4) + 1):
         accepted = set()
         for data in strings:

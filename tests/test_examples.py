@@ -1,18 +1,23 @@
 """The examples, run on a tiny random model: what they write, what they check, and what they say to wrong input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
 
 from examples import text_classification
 from examples.demo import __main__ as demo
+from examples.demo import methods, tasks
 from examples.demo.methods import Result
 from examples.demo.report import table
-from peft_mask import Masks
+from examples.demo.tasks import DATA
+from peft_mask import MaskConfig, Masks
+
+SPLITS = ("train", "test")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -124,26 +129,40 @@ def test_hidden_test_labels_are_not_scored():
     assert text_classification.choose_test_split(splits, "label", seed=0) == "validation"
 
 
-# the probe cannot converge on the features of a random model
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_demo_trains_reports_and_serves(tiny_bert, tmp_path, capsys):
+@pytest.fixture
+def few_rows(tmp_path_factory, monkeypatch):
+    """The demo's data, of each task the texts of three labels and of four."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in ((demo.FIRST, 3), (demo.SECOND, 4)):
+        (folder / name).mkdir()
+        rows = {split: load_dataset("csv", data_files=str(DATA / name / f"{split}.csv"))["train"] for split in SPLITS}
+        labels = sorted(set(rows["test"]["label"]))[:count]
+        for split in SPLITS:
+            chosen = [row for row in rows[split] if row["label"] in labels]
+            Dataset.from_list(chosen).to_csv(folder / name / f"{split}.csv")
+    monkeypatch.setattr(tasks, "DATA", folder)
+
+
+def test_demo_trains_reports_and_serves(tiny_bert, few_rows, tmp_path, capsys, monkeypatch):
+    # Two steps switch nothing off. With masks that start at random the comparisons are of something.
+    monkeypatch.setattr(methods, "MaskConfig", partial(MaskConfig, init_weights=False, init_sparsity=0.1))
     assert demo.main(["--model", tiny_bert, "--steps", "2", "--threads", "1", "--output", str(tmp_path)]) == 0
 
     output = capsys.readouterr().out
     assert output.count("  equal  ") == 7
     assert "DIFFERENT" not in output
+    assert "(0 weights written over)" not in output
     rows = json.loads((tmp_path / "results.json").read_text())
-    methods = [row["method"] for row in rows if row["task"] == demo.FIRST]
-    assert methods == [demo.PROBE, "full fine-tuning", "LoRA r=8", "mask"]
+    names = [row["method"] for row in rows if row["task"] == demo.FIRST]
+    assert names == [demo.PROBE, "full fine-tuning", "LoRA r=8", "mask"]
     for row in rows:
         assert 0 <= row["accuracy"] <= 1
-        if row["method"] == "mask":
-            assert row["bits_per_weight"] is not None
+        assert (row["sparsity"] is not None) == (row["method"] == "mask")
     assert (tmp_path / "results.md").read_text() in output
     assert (tmp_path / "accuracy_against_bytes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_fails_if_a_comparison_fails(tiny_bert, tmp_path, capsys, monkeypatch):
+def test_demo_fails_if_a_comparison_fails(tiny_bert, few_rows, tmp_path, capsys, monkeypatch):
     result = Result("mask", demo.FIRST, 0.5, adapter_bytes=1000)
     monkeypatch.setattr(demo, "train", lambda *_: result)
     monkeypatch.setattr(demo, "probe_accuracy", lambda *_: 0.5)
@@ -165,3 +184,19 @@ def test_table_is_relative_to_full_fine_tuning_of_the_same_task():
     assert "2.50%" in last[3]
     assert "0.90 x" in last[3]
     assert "x |" not in last[4]  # nothing to compare with
+
+
+@pytest.mark.parametrize("name", [demo.FIRST, demo.SECOND])
+def test_committed_data_has_every_label_in_both_splits(name):
+    rows = {split: load_dataset("csv", data_files=str(DATA / name / f"{split}.csv"))["train"] for split in SPLITS}
+    assert set(rows["train"]["label"]) == set(rows["test"]["label"])
+    assert rows["train"].column_names == ["text", "label"]
+
+
+def test_committed_data_stay_small_and_say_where_they_come_from():
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) < 1_000_000
+    text = (DATA / "README.md").read_text()
+    for name in (demo.FIRST, demo.SECOND):
+        assert name in text
+    assert "CC BY 4.0" in text
+    assert "CC BY 3.0" in text

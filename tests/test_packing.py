@@ -43,7 +43,9 @@ class TestEveryShape:
 
     def test_bits_are_those_of_numpy(self, shape):
         for mask in masks(shape):
-            matrix = mask.reshape(1 if len(shape) == 1 else shape[0], math.prod(shape[-1:] if len(shape) == 1 else shape[1:]))
+            matrix = mask.reshape(
+                1 if len(shape) == 1 else shape[0], math.prod(shape[-1:] if len(shape) == 1 else shape[1:])
+            )
             bits = pack_bits(mask)
             assert bits.shape == bits_shape(shape)
             assert np.array_equal(bits.numpy(), np.packbits(matrix.numpy(), axis=1, bitorder="little"))

@@ -18,7 +18,7 @@ from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.training import Method
 from peft_mask import MaskConfig, create_mask_optimizer
 
-HEAD_LR = 1e-3
+HEAD_LR = 5e-3
 HEAD_NOTE = f"the head learns at {HEAD_LR:g}"
 
 
@@ -59,7 +59,7 @@ def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
 METHODS: dict[str, Method | Probe] = {
     method.name: method
     for method in (
-        Method("mask", f"MaskConfig(); {HEAD_NOTE}", mask, mask_adamw, (2e-4, 3e-4, 5e-4)),
+        Method("mask", f"MaskConfig(); {HEAD_NOTE}", mask, mask_adamw, (3e-4, 5e-4, 8e-4)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         Method("lora-r8", f"all-linear, alpha 16, dropout 0; {HEAD_NOTE}", lora(8), adamw, (1e-3, 3e-3, 1e-2)),
         Method("lora-r1", f"all-linear, alpha 2, dropout 0; {HEAD_NOTE}", lora(1), adamw, (1e-3, 3e-3, 1e-2)),

@@ -39,8 +39,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("banking77", "SEQ_CLS", steps=300),
-        Task("trec", "SEQ_CLS", steps=200),
+        Task("banking77", "SEQ_CLS", steps=200),
+        Task("trec", "SEQ_CLS", steps=150),
         Task("sst2", "SEQ_CLS", steps=150),
         Task("ud_ewt_pos", "TOKEN_CLS", steps=150),
     )

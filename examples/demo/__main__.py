@@ -25,14 +25,14 @@ from examples.demo.report import plot, table
 from examples.demo.serving import check_serving
 from examples.demo.tasks import BaseModel, load_task, probe_accuracy
 
-FIRST, SECOND = "banking77", "clinc150"
+FIRST, SECOND = "clinc150", "banking77"
 PROBE = "linear probe, frozen model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 if every comparison of the served masks came out equal, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="training steps of every method (default 150)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of every method (default 300)")
     parser.add_argument("--model", help="folder or Hub name of a BERT-like encoder (default all-MiniLM-L6-v2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of heads and data order (default 0)")

@@ -35,6 +35,7 @@ class Result:
 
 def mask(model: Any) -> Setup:
     model = get_peft_model(model, MaskConfig(task_type="SEQ_CLS"))
+    # the default learning rates; fused, as Trainer's own optimizer is and those of the other methods are
     return model, create_mask_optimizer(model, fused=True), [MaskCallback()]
 
 

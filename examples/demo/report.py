@@ -90,6 +90,7 @@ def plot(results: Sequence[Result], rows: int, file: Path) -> None:
             textcoords="offset points",
             va="center",
             color=color,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # over the floor's line
         )
     axes.set_xscale("log")
     sizes = [result.adapter_bytes for result in points if result.adapter_bytes]
@@ -97,7 +98,7 @@ def plot(results: Sequence[Result], rows: int, file: Path) -> None:
     axes.set_xticks([10.0**power for power in range(3, 10) if min(sizes) / 3 < 10**power < max(sizes) * 12])
     axes.xaxis.set_major_formatter(lambda value, _: _size(value))
     axes.set_xlabel("bytes on disk for the task, without its head (log scale)")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel("test accuracy, % (bars: ± 1 standard error)")
     axes.set_title(f"{results[0].task}: one task, one base model, three ways to learn it", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)

@@ -52,9 +52,9 @@ def check_serving(base: BaseModel, first: tuple[Task, Path], second: tuple[Task,
     for name in (task_a.name, task_b.name):
         served.set_adapter(name)
         served.merge_adapter()
-        changed = not _same_weights(served, plain)
+        changed = _count_changed(served, plain)
         equal = torch.equal(_logits(served, batch), alone[name])
-        yield f"merged {name} into the weights: logits as before", changed and equal
+        yield f"merged {name} ({changed:,} weights written over): logits as before", equal
         served.unmerge_adapter()
         yield f"unmerged {name}: every weight of the base model", _same_weights(served, plain)
 
@@ -64,12 +64,20 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch).logits
 
 
-def _same_weights(served: PeftModel, plain: nn.Module) -> bool:
-    """Whether the weights under the adapters are those of `plain`, bit for bit."""
-    weights = {
+def _base_weights(served: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the tensors under the adapters, by the names they have in the base model."""
+    return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
         for name, weight in served.get_base_model().state_dict().items()
         if "peft_mask_" not in name and ".modules_to_save." not in name
     }
-    expected = plain.state_dict()
+
+
+def _same_weights(served: PeftModel, plain: nn.Module) -> bool:
+    weights, expected = _base_weights(served), plain.state_dict()
     return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def _count_changed(served: PeftModel, plain: nn.Module) -> int:
+    weights = _base_weights(served)
+    return sum(int((weights[name] != expected).sum()) for name, expected in plain.state_dict().items())

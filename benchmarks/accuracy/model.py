@@ -1,0 +1,41 @@
+"""The models: an encoder with a new linear head, on the mean of its states or on each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForTokenClassification, BertConfig, BertModel, BertPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class MeanPooledBert(BertPreTrainedModel):
+    """Sequence classification on the mean of the last hidden states, as sentence encoders are trained and used.
+
+    `BertForSequenceClassification` reads the first token through BERT's pooler, which the training of a sentence encoder
+    leaves as it was: in budgets as short as ours every method then ends below a linear probe of the frozen model.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        kept = attention_mask.unsqueeze(-1).to(states.dtype)
+        logits = self.classifier((states * kept).sum(1) / kept.sum(1))
+        loss = F.cross_entropy(logits, labels) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+MODELS = {"SEQ_CLS": MeanPooledBert, "TOKEN_CLS": AutoModelForTokenClassification}

@@ -1,0 +1,180 @@
+"""Record files: golden bytes, one record for each mask, and a reader that refuses everything else."""
+
+import itertools
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_mask.fingerprint import UNKNOWN, fingerprint_of
+from peft_mask.packing import count_zeros, pack_bits, unpack_bits
+from peft_mask.record import BITS, GAPS, read_record, write_record
+from tests.golden.make import MASKS, fingerprint_for, record_for, weight_of
+from tests.independent_decoder import decode
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPES = [*itertools.product(range(4), range(18)), (0,), (7,), (40, 40), (2, 3, 5), (1, 2, 1, 2, 1, 2, 1, 2)]
+
+
+def tensor(data):
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def golden(name):
+    return (GOLDEN / f"{name}.record").read_bytes()
+
+
+def sealed(data):
+    """The record with its checksum made right again, as a forger would."""
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
+
+
+def edited(name, offset, new):
+    data = bytearray(golden(name))
+    data[offset : offset + len(new)] = new
+    return sealed(bytes(data))
+
+
+@pytest.mark.parametrize("name", MASKS)
+class TestGolden:
+    def test_writing_gives_the_golden_bytes(self, name):
+        assert record_for(name) == golden(name)
+
+    def test_reading_gives_the_mask(self, name):
+        record = read_record(tensor(golden(name)))
+        assert record.shape == MASKS[name].shape
+        assert torch.equal(unpack_bits(record.bits, record.shape), MASKS[name])
+        assert record.zeros == int((~MASKS[name]).sum())
+        assert record.fingerprint == fingerprint_for(name)
+        assert record.fingerprint.matches(weight_of(MASKS[name]))
+
+    def test_the_independent_decoder_agrees(self, name):
+        shape, mask, precision, values = decode(golden(name))
+        assert shape == MASKS[name].shape
+        assert mask == MASKS[name].flatten().tolist()
+        assert precision == fingerprint_for(name).precision
+        assert struct.pack("<16e", *values) == fingerprint_for(name).values
+
+    def test_every_flipped_bit_is_refused(self, name):
+        data = bytearray(golden(name))
+        for bit in range(8 * len(data)):
+            data[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(ValueError, match=r"^it|^its"):
+                read_record(tensor(data))
+            data[bit // 8] ^= 1 << bit % 8
+
+    def test_every_flipped_bit_under_a_right_checksum_is_refused_or_another_record(self, name):
+        data = bytearray(golden(name))
+        shape = MASKS[name].shape  # expected, or a flipped bit of it would stand for gigabytes
+        for bit in range(8 * (len(data) - 4)):
+            data[bit // 8] ^= 1 << bit % 8
+            forged = tensor(sealed(bytes(data)))
+            data[bit // 8] ^= 1 << bit % 8
+            try:
+                record = read_record(forged, shape)
+            except ValueError:
+                continue
+            assert torch.equal(write_record(record.bits, record.shape, record.fingerprint), forged)
+
+    def test_every_truncation_and_extension_is_refused(self, name):
+        data = golden(name)
+        for length in range(len(data)):
+            for cut in (data[:length], sealed(data[: length + 4])):
+                if cut == data:
+                    continue
+                with pytest.raises(ValueError, match=r"^it|^its|^the coded|coded bytes|weights need"):
+                    read_record(tensor(cut))
+        for longer in (data + b"\0", sealed(data + b"\0"), sealed(data + b"\1"), data + data):
+            with pytest.raises(ValueError, match=r"^it|^its|^the coded|weights need"):
+                read_record(tensor(longer))
+
+
+def test_the_golden_masks_are_of_both_codecs():
+    codecs = {name: read_record(tensor(golden(name))).codec for name in MASKS}
+    assert codecs.pop("packed") == codecs.pop("no_weights") == BITS
+    assert set(codecs.values()) == {GAPS}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reading_restores_what_was_written(shape):
+    fingerprint = fingerprint_of(torch.randn(shape))
+    for sparsity in (0.0, 0.02, 0.3, 0.5, 0.95, 1.0):
+        mask = torch.rand(shape) >= sparsity
+        data = write_record(pack_bits(mask), shape, fingerprint)
+        record = read_record(data, shape)
+        assert torch.equal(unpack_bits(record.bits, shape), mask)
+        assert (record.shape, record.fingerprint) == (shape, fingerprint)
+        assert record.zeros == count_zeros(record.bits, shape) == int((~mask).sum())
+        assert decode(data.numpy().tobytes())[1] == mask.flatten().tolist()
+
+
+@pytest.mark.parametrize("sparsity", [0.003, 0.03, 0.3, 0.5, 0.7, 0.97])
+def test_the_shorter_codec_is_written(sparsity):
+    mask = torch.rand(256, 256) >= sparsity
+    record = read_record(write_record(pack_bits(mask), mask.shape, UNKNOWN))
+    assert record.codec == (BITS if sparsity == 0.5 else GAPS)
+
+
+def test_an_all_kept_mask_of_any_size_takes_60_bytes():
+    bits = pack_bits(torch.ones(300, 1000, dtype=torch.bool))
+    assert len(write_record(bits, (300, 1000), UNKNOWN)) == 60
+
+
+def huge(*shape):
+    """A well-formed record of an all-kept mask."""
+    body = struct.pack(f"<4s4B{len(shape)}IQ", b"PMSK", 1, GAPS, len(shape), 0, *shape, 0) + bytes(32)
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+REFUSED = {
+    "foreign": (b"PK\3\4" + bytes(80), "it does not begin as a mask of peft_mask does"),
+    "empty": (b"", "it does not begin as a mask of peft_mask does"),
+    "newer": (edited("vector", 4, b"\2"), "format version 2, written by a newer peft_mask, please upgrade peft_mask"),
+    "version 0": (edited("vector", 4, b"\0"), "its header is malformed: version 0"),
+    "codec": (edited("vector", 5, b"\2"), "its header is malformed: version 1, codec 2"),
+    "no dimensions": (huge(), "its header is malformed: .* 0 dimensions"),
+    "nine dimensions": (huge(*[1] * 9), "its header is malformed: .* 9 dimensions"),
+    "precision": (edited("vector", 7, b"\x0b"), "the precision of a fingerprint is from 0 to 10, got 11"),
+    "checksum": (golden("vector")[:-1] + b"!", "its checksum is wrong: the file is damaged or cut short"),
+    "cut short": (golden("vector")[:30], "it is cut short, after 30 bytes"),
+    "more zeros than weights": (edited("vector", 12, b"\xff\xff"), "it claims 65535 zeros among 200 weights"),
+    "fewer bits": (sealed(golden("packed")[:-1]), "7x23 weights need 21 bytes of bits, it has 20"),
+    "wrong number of zeros": (edited("packed", 16, b"\x59"), "it claims 89 zeros, its bits have 90"),
+    "padding": (edited("packed", -5, bytes([golden("packed")[-5] | 128])), "its padding is not zero"),
+    "gaps as long as bits": (edited("packed", 5, b"\1"), "stored as gaps, though bits are not longer"),
+    "bits though gaps are shorter": (
+        sealed(edited("all_off", 5, b"\0")[:-4] + bytes(27) + b"CRC!"),
+        "stored as bits, though gaps are shorter",
+    ),
+    "too large": (huge(2**20, 2**20), "its shape is 1048576x1048576, which is too large to be believed"),
+    "too large and empty": (
+        huge(0, 2**32 - 1, 2**32 - 1),
+        "its shape is 0x4294967295x4294967295, which is too large to be believed",
+    ),
+    "too large in bytes": (huge(2**32 - 1, 1), "its shape is 4294967295x1, which is too large to be believed"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_record_is_refused_with_its_reason(data, message):
+    with pytest.raises(ValueError, match=message):
+        read_record(tensor(data))
+
+
+def test_another_shape_than_expected_is_refused_before_anything_is_allocated():
+    with pytest.raises(ValueError, match="its shape is 1048576x1048576, expected 3x4"):
+        read_record(tensor(huge(2**20, 2**20)), (3, 4))
+
+
+def test_records_of_another_dtype_or_shape_are_refused():
+    with pytest.raises(ValueError, match=r"one dimension of uint8, got torch.float32 of shape \(60,\)"):
+        read_record(torch.zeros(60))
+    with pytest.raises(ValueError, match=r"one dimension of uint8, got torch.uint8 of shape \(6, 10\)"):
+        read_record(torch.zeros(6, 10, dtype=torch.uint8))
+
+
+def test_a_mask_of_nine_dimensions_is_not_written():
+    with pytest.raises(ValueError, match="a mask has at most 8 dimensions, got 1x1x1x1x1x1x1x1x2"):
+        write_record(torch.ones(1, 1, dtype=torch.uint8), [1] * 8 + [2], UNKNOWN)
