@@ -265,8 +265,8 @@ def _read(name: str, data: Tensor, file: Path) -> _Mask:
         record = read_record(data)
     except ValueError as error:
         raise ValueError(
-            f"cannot load the mask of '{name}' from '{file}': {error}. Unless it asks for an upgrade, download or save "
-            "the file again."
+            f"cannot load the mask of '{name}' from '{file}': {error}. If an upgrade of peft_mask does not help, "
+            "download or save the file again."
         ) from error
     return _Mask(record.bits, record.shape, record.fingerprint)
 

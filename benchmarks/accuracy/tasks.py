@@ -42,7 +42,7 @@ TASKS = {
         Task("banking77", "SEQ_CLS", steps=200),
         Task("trec", "SEQ_CLS", steps=150),
         Task("sst2", "SEQ_CLS", steps=150),
-        Task("ud_ewt_pos", "TOKEN_CLS", steps=150),
+        Task("ud_ewt_pos", "TOKEN_CLS", steps=100),
     )
 }
 

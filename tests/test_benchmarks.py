@@ -1,0 +1,102 @@
+"""The measuring tools measure: order of runs, ratios, peaks, and the variants they compare."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import codec, step, switch
+from benchmarks.harness import Times, in_turn, peak_bytes, report, table
+from peft_mask.layer import MaskLayer
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def test_variants_run_in_turn_and_the_warm_up_is_not_counted():
+    order = []
+    times = in_turn({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3, warmup=1)
+    assert order == list("abababab")
+    assert {name: len(time.seconds) for name, time in times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_taken_round_by_round():
+    assert Times((2.0, 30.0, 4.0)).ratio(Times((1.0, 10.0, 4.0))) == (2.0, 1.0, 3.0)
+    assert Times((3.0, 1.0, 2.0)).median == 2.0
+
+
+def test_the_peak_is_what_was_held_at_one_time():
+    def one_after_the_other():
+        for _ in range(3):
+            torch.zeros(1 << 18)  # 1 MiB, freed at once
+
+    def together():
+        return [torch.zeros(1 << 18) for _ in range(3)]
+
+    assert peak_bytes(one_after_the_other) == pytest.approx(1 << 20, rel=0.01)
+    assert peak_bytes(together) == pytest.approx(3 << 20, rel=0.01)
+
+
+def test_a_report_is_filed_with_its_environment(tmp_path, capsys):
+    report("name", "Title", table(("a", "b"), [(1, 2)]), {"x": 1}, tmp_path)
+    filed = json.loads((tmp_path / "name.json").read_text())
+    assert filed["figures"] == {"x": 1}
+    assert filed["environment"]["versions"]["torch"] == torch.__version__
+    text = (tmp_path / "name.md").read_text()
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text
+    assert text in capsys.readouterr().out
+
+
+def test_the_official_way_computes_what_the_mask_computes():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(5, 3)
+    official = step.OfficialLinear(linear)
+    with torch.no_grad():
+        official.scores[0, 0] = 0.0
+    x = torch.randn(2, 5)
+    weight = linear.weight.detach().clone()
+    weight[0, 0] = 0
+    torch.testing.assert_close(official(x), torch.nn.functional.linear(x, weight, linear.bias))
+    official(x).sum().backward()
+    torch.testing.assert_close(official.scores.grad, x.sum(0).expand(3, 5) * linear.weight)
+
+
+@pytest.mark.parametrize("variant", step.VARIANTS)
+def test_every_variant_of_the_step_trains_what_it_says(variant):
+    model = step.VARIANTS[variant](TINY)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    take_step = step.make_step(model, (2, 4))
+    take_step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    expected = {
+        "full fine-tuning": lambda name: True,
+        "mask": lambda name: "peft_mask_scores" in name or "modules_to_save.default" in name,
+        "LoRA r=8": lambda name: "lora_" in name or "modules_to_save.default" in name,
+        "official masking": lambda name: name.endswith("scores") or name.startswith("classifier"),
+    }[variant]
+    assert changed
+    assert all(expected(name) for name in changed)
+
+
+def test_the_switch_benchmark_switches_and_restores(tmp_path, monkeypatch):
+    monkeypatch.setitem(step.MODELS, "MiniLM-L6", (TINY, (2, 4)))
+    model = switch.served_masks(0.2, tmp_path)
+    run = switch.switcher(model)
+    merged = []
+    for _ in range(3):
+        run()
+        merged.append({tuple(m.merged_adapters) for m in model.modules() if isinstance(m, MaskLayer)})
+    assert merged == [{("b",)}, {("a",)}, {("b",)}]
+    switch.check_exact(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(AssertionError, match="embeddings"):
+        switch.check_exact(model)
+
+
+def test_the_codec_benchmark_counts_bytes_against_the_entropy():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(256, 256, generator=generator) >= 0.05 for _ in range(2)]
+    row, figures = codec.coding_row("random", masks, rounds=1)
+    assert figures["entropy_bytes"] == pytest.approx(2 * 65536 * 0.286 / 8, rel=0.03)
+    assert 1.0 < figures["bytes"] / figures["entropy_bytes"] < 1.1
+    assert row[0] == "random"
