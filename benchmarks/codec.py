@@ -1,6 +1,6 @@
 """Bytes of a mask against its entropy and against LoRA, and the time to encode, decode and load.
 
-    python -m benchmarks.codec [--adapter FOLDER ...] [--rounds 15]
+python -m benchmarks.codec [--adapter FOLDER ...] [--rounds 15]
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def load_rows(rounds: int) -> tuple[list[tuple[str, ...]], dict[str, object]]:
     rows, figures = [], {}
     for name, time in times.items():
         ratio = time.ratio(times["LoRA r=8"])
-        rows.append((name, f"{sizes[name]:,}", f"{time.median * 1e3:.0f}", f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"))
+        spread = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+        rows.append((name, f"{sizes[name]:,}", f"{time.median * 1e3:.0f}", spread))
         figures[name] = {"seconds": time.seconds, "file_bytes": sizes[name]}
     return rows, figures
 
@@ -120,8 +121,8 @@ def main() -> None:
     loads, figures["load"] = load_rows(args.rounds)
     body = (
         f"MiniLM-L6-shaped, 10.8 M weights in 37 matrices; {args.rounds} rounds. Bytes are of the whole records, with "
-        "headers, fingerprints and checksums; entropy is the sum of H(zeros / n) n over the matrices. Decoding includes "
-        "every check.\n\n"
+        "headers, fingerprints and checksums; entropy is the sum of H(zeros / n) n over the matrices. Decoding "
+        "includes every check.\n\n"
         + table(header, rows)
         + "\n\nAdding an adapter from disk to a model (`load_adapter`, then `delete_adapter`), in turn:\n\n"
         + table(load_header, loads)

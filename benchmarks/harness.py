@@ -78,9 +78,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def environment() -> dict[str, Any]:
     """Return what a figure depends on besides the code: machine, threads, versions, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

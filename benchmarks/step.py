@@ -1,6 +1,6 @@
 """Time and peak memory of a training step: mask, full fine-tuning, LoRA r=8, and masking as the official code does it.
 
-    python -m benchmarks.step [--rounds 15]
+python -m benchmarks.step [--rounds 15]
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def official(shape: dict[str, int]) -> nn.Module:
     return model
 
 
-VARIANTS: dict[str, Callable[[dict[str, int]], nn.Module]] = {
+Build = Callable[[dict[str, int]], nn.Module]
+VARIANTS: dict[str, Build] = {
     "full fine-tuning": full,
     "mask": mask,
     "LoRA r=8": lora,
@@ -111,7 +112,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def peak_of_training(build: Callable[[dict[str, int]], nn.Module], shape: dict[str, int], batch: tuple[int, int]) -> int:
+def peak_of_training(build: Build, shape: dict[str, int], batch: tuple[int, int]) -> int:
     """Peak bytes of tensors from making the model to the end of its second step."""
 
     def run() -> None:

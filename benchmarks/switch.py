@@ -1,6 +1,6 @@
 """Time to switch between adapters of one base, against copying its fp32 weights and against PEFT's LoRA hot-swap.
 
-    python -m benchmarks.switch [--rounds 31]
+python -m benchmarks.switch [--rounds 31]
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class Linear(MaskLayer):
 
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
-    """Return a context in which the base weight of an offloaded layer is there; costs nothing where it is not offloaded."""
+    """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
     return onload_layer(layer) if layer._weight().is_meta else nullcontext()
 
 

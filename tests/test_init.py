@@ -20,7 +20,9 @@ def test_the_default_keeps_every_weight_large_ones_closer_to_the_threshold(dtype
     assert scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(2, 3), torch.full((2, 3), float("inf")), torch.empty(2, 3, device="meta")])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(2, 3), torch.full((2, 3), float("inf")), torch.empty(2, 3, device="meta")]
+)
 def test_a_weight_without_a_magnitude_starts_at_the_margin(weight):
     assert (initial_scores(weight, MaskConfig(init_margin=0.25), "layer") == 0.25).all()
 

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 class MeanPooledBert(BertPreTrainedModel):
     """Sequence classification on the mean of the last hidden states, as sentence encoders are trained and used.
 
-    `BertForSequenceClassification` reads the first token through BERT's pooler, which the training of a sentence encoder
-    leaves as it was: in budgets as short as ours every method then ends below a linear probe of the frozen model.
+    `BertForSequenceClassification` reads the first token through BERT's pooler, which the training of a sentence
+    encoder leaves as it was: in budgets as short as ours every method then ends far below a linear probe of the frozen
+    model (banking77, 300 steps, head at 1e-3, dev: full .874, mask .777).
     """
 
     def __init__(self, config: BertConfig) -> None:

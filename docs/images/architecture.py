@@ -37,7 +37,8 @@ def main() -> None:
         draw_arrow(axes, start, end, file, bend)
     notes = {
         1.25: "training touches scores only:\nlayer.py, model.py, training.py",
-        0.1: "after it there are only masks and bits:\nlayer.py (merge, unmerge), state.py (save, load),\nmasks.py (an adapter as a value)",
+        0.1: "after it there are only masks and bits:\nlayer.py (merge, unmerge), state.py (save, load),\n"
+        "masks.py (an adapter as a value)",
     }
     for y, text in notes.items():
         axes.text(-4.05, y, text, ha="left", va="center", fontsize=9.5, style="italic", color=INK)
