@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# twice quiet: errors alone; the lines in front of each step say what is going on
-PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
+# twice quiet: errors alone, the line in front of each step says what goes on; bytecode is left to the first import, which
+# halves the work
+PIP := $(RUN) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1

@@ -8,6 +8,16 @@ from __future__ import annotations
 
 import torch
 
+# The largest negative number of a dtype that no processor setting turns into zero. Where subnormal numbers are flushed,
+# a score among them counts as zero; taking them all for zero makes the mask the same everywhere. For float16, whose
+# subnormal numbers are computed with as float32, it is the largest negative number there is.
+_JUST_BELOW_ZERO = {torch.float16: -(2.0**-24)}
+
+
+def threshold_of(dtype: torch.dtype) -> float:
+    """Return the number that a score of this dtype must exceed to be kept: zero, but for rounding."""
+    return _JUST_BELOW_ZERO.get(dtype, -torch.finfo(dtype).smallest_normal)
+
 
 def binarize_threshold(scores: torch.Tensor) -> torch.Tensor:
     """Keep every weight whose score has reached the threshold: `mask = scores >= 0`.
@@ -18,9 +28,10 @@ def binarize_threshold(scores: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Boolean tensor of the same shape, True where the weight is kept. A score exactly at the threshold is kept, as in
-        the paper's `>=`. A NaN score compares False: callers that store or merge a mask refuse NaN beforehand.
+        the paper's `>=`, and so is a negative subnormal one, which counts as zero. A NaN score compares False: callers
+        that store or merge a mask refuse NaN beforehand.
 
     Source: Zhao et al. 2020, "Masking as an Efficient Alternative to Finetuning", equation 1. (The official code uses
     `>`; with continuous scores the difference has probability zero.)
     """
-    return scores >= 0
+    return scores > threshold_of(scores.dtype)

@@ -18,8 +18,8 @@ def initial_scores(weight: torch.Tensor, config: MaskConfig, name: str) -> torch
     """Return the starting scores of one weight.
 
     - `init_weights=True`: `init_margin * rms(weight) / |weight|`: every weight is kept, and a large weight starts
-      closer to the threshold than a small one. Adam moves every score at about the same speed, whatever its gradient, so with
-      equal margins it would switch off small weights as readily as large ones, though they do little: the same
+      closer to the threshold than a small one. Adam moves every score at about the same speed, whatever its gradient,
+      so with equal margins it would switch off small weights as readily as large ones, though they do little: the same
       accuracy would cost twice the bits (measured in docs/training.md).
     - `"uniform"`: `U(-a, s) - tau` with `a = 0.02` and `s = (a + tau) / p - a`, so that a fraction `p = init_sparsity`
       starts off. A smaller `p` also widens the range, which makes kept weights harder to switch off.

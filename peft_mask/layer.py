@@ -37,6 +37,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
+        self._positions: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
 
     # ---- adapters ----
@@ -79,6 +80,29 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             )
         return pack_bits(binarize_threshold(scores))
 
+    def _zero_positions(self, adapter_name: str) -> torch.Tensor:
+        """Return where the adapter's mask is off: row-major positions, int32 wherever these reach.
+
+        Finding them takes longer than the switch they are for, so those of packed masks are kept: 4 bytes a weight that
+        is off. They are found anew when the bits are other ones, which their address and version tell.
+        """
+        bits = self.packed_mask(adapter_name)
+        state = (bits.data_ptr(), bits._version)
+        known = self._positions.get(adapter_name)
+        if known is not None and known[0] == state:
+            return known[1]
+        weight = self._weight()
+        positions = zero_positions(bits, weight.shape)
+        if weight.numel() <= torch.iinfo(torch.int32).max:
+            positions = positions.int()
+        if adapter_name in self.peft_mask_bits:
+            self._positions[adapter_name] = (state, positions)
+        return positions
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._positions.pop(adapter_name, None)
+
     # ---- merging ----
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -95,16 +119,17 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self._get_available_adapters():
                 continue
             weight = self._weight().data
-            positions = zero_positions(self.packed_mask(adapter_name), weight.shape).to(weight.device)
-            zeros = torch.zeros(len(positions), dtype=weight.dtype, device=weight.device)
-            if safe_merge and not weight.clone().put_(positions, zeros).isfinite().all():
+            positions = self._zero_positions(adapter_name)
+            where = positions.to(weight.device, torch.int64)
+            zeros = torch.zeros(len(where), dtype=weight.dtype, device=weight.device)
+            if safe_merge and not weight.clone().put_(where, zeros).isfinite().all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
                     "model is: a weight that is kept is not finite."
                 )
             # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
-            self._stashes.append((positions, weight.take(positions)))
-            weight.put_(positions, zeros)
+            self._stashes.append((positions, weight.take(where)))
+            weight.put_(where, zeros)
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -116,7 +141,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         while len(self._stashes) > depth:
             positions, values = self._stashes[-1]
             weight = self._weight().data
-            weight.put_(positions.to(weight.device), values.to(weight.device))
+            weight.put_(positions.to(weight.device, torch.int64), values.to(weight.device))
             self._stashes.pop()
         del self.merged_adapters[depth:]
 
@@ -131,7 +156,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self._stashes:
             weight = weight.clone()
             for positions, values in reversed(self._stashes):
-                weight.put_(positions.to(weight.device), values.to(weight.device))
+                weight.put_(positions.to(weight.device, torch.int64), values.to(weight.device))
         return weight
 
     # ---- forward ----

@@ -112,7 +112,9 @@ class MaskModel(BaseTuner):
             safe_merge: check the merged weights for NaN and infinities before writing them.
         """
         self._check_merge_allowed()
-        layers = list(_mask_layers(self.model))
+        self._merge(list(_mask_layers(self.model)), adapter_names, safe_merge)
+
+    def _merge(self, layers: list[MaskLayer], adapter_names: list[str] | None, safe_merge: bool = False) -> None:
         depths = [layer.merge_depth for layer in layers]
         try:
             for layer in layers:
@@ -162,13 +164,17 @@ class MaskModel(BaseTuner):
         """
         if adapter_name is not None and adapter_name not in self.peft_config:
             raise ValueError(f"no adapter named {adapter_name!r}; loaded are {sorted(self.peft_config)}.")
-        self.unmerge_adapter()
+        layers = list(_mask_layers(self.model))
+        for layer in layers:
+            with onloaded(layer):
+                layer.unmerge()
         if adapter_name is None:
             self.disable_adapter_layers()
             return
         self.set_adapter(adapter_name)
-        self.enable_adapter_layers()
-        self.merge_adapter(adapter_names=[adapter_name])
+        if any(layer.disable_adapters for layer in layers):
+            self.enable_adapter_layers()
+        self._merge(layers, [adapter_name])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -73,12 +74,21 @@ def zero_positions(bits: Tensor, shape: Sequence[int]) -> Tensor:
     >>> zero_positions(torch.tensor([[5]], dtype=torch.uint8), (1, 3))
     tensor([1])
     """
-    return _true_positions(~unpack_bits(bits, shape))
+    return kept_positions(bits ^ _all_kept(shape, bits.device), shape)
 
 
 def kept_positions(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Sorted row-major positions of the weights that are kept: the twin of `zero_positions`."""
-    return _true_positions(unpack_bits(bits, shape))
+    if bits.device.type != "cpu":
+        return unpack_bits(bits, shape).view(-1).nonzero().squeeze(1)
+    # On the CPU numpy is several times faster than torch, and looking at whole bytes first faster still if few are set.
+    flat = bits.numpy().reshape(-1)
+    index = np.flatnonzero(flat != 0)
+    if 4 * len(index) > len(flat):
+        return torch.from_numpy(np.flatnonzero(unpack_bits(bits, shape).view(-1).numpy()))
+    cols, row_bytes = _matrix(shape)[1], bits.shape[1]
+    first = 8 * index - index // row_bytes * (8 * row_bytes - cols)
+    return torch.from_numpy(np.sort(_set_bits(first, flat[index])))
 
 
 def bits_from_positions(positions: Tensor, shape: Sequence[int], *, kept: bool) -> Tensor:
@@ -144,11 +154,18 @@ def _mask_of_byte(device: torch.device) -> Tensor:
     return ((values.unsqueeze(1) & _bit_values(device)) != 0).view(torch.int64).squeeze(1)
 
 
-def _true_positions(mask: Tensor) -> Tensor:
-    flat = mask.view(-1)
-    if flat.device.type == "cpu":  # where numpy is several times faster than torch
-        return torch.from_numpy(np.flatnonzero(flat.numpy()))
-    return flat.nonzero().squeeze(1)
+_LOWEST_BIT = np.array([0] + [(value & -value).bit_length() - 1 for value in range(1, 256)])
+
+
+def _set_bits(first: NDArray[np.int64], values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """`first + i` for each bit i set in a byte: the lowest of every byte first, then the next, while there are any."""
+    found = [first[:0]]
+    while len(values):
+        found.append(first + _LOWEST_BIT[values])
+        values = values & (values - 1)
+        left = np.flatnonzero(values != 0)
+        first, values = first[left], values[left]
+    return np.concatenate(found)
 
 
 def _all_kept(shape: Sequence[int], device: torch.device) -> Tensor:

@@ -1,5 +1,7 @@
 """Masked operations: closed forms, the readable twin, and what must not happen."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_mask.binarize import binarize_threshold
-from peft_mask.functional import apply_mask, masked_linear, masked_linear_reference, masked_weight
+from peft_mask.functional import apply_mask, apply_scores, masked_linear, masked_linear_reference, masked_weight
 
 
 def make(rows=5, inputs=7, outputs=3, dtype=torch.float32, seed=0):
@@ -35,6 +37,23 @@ def test_weights_off_are_positive_zero_and_the_others_the_same_bits(dtype):
     assert masked.dtype == dtype
     assert masked.tolist() == [0.0, 0.0, 0.0, 0.0, -0.0, 2.0]
     assert masked.signbit().tolist() == [False, False, False, False, True, False]
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("scores_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_pass_and_two_passes_mask_the_same_bits(weight_dtype, scores_dtype, flush):
+    edges = [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 6e-8, -6e-8, 1e-38, -1.2e-38, 1.0, -1.0, math.inf, -math.inf]
+    scores = torch.tensor(edges * 12, dtype=torch.float64).to(scores_dtype).view(12, -1)
+    weight = torch.randn(scores.shape, dtype=torch.float64).to(weight_dtype)
+    weight[0] = math.inf
+    try:
+        torch.set_flush_denormal(flush)
+        one, two = apply_scores(weight, scores), apply_mask(weight, binarize_threshold(scores))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+    assert (binarize_threshold(scores) == (scores >= 0)).logical_or(scores.abs() < 1.2e-38).all()
 
 
 def test_straight_through_gradient_equals_the_closed_form():

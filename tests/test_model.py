@@ -182,6 +182,25 @@ def test_ten_random_switches_leave_the_base_as_it_was(dtype):
     assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
 
 
+def test_new_bits_are_merged_not_the_positions_of_the_old_ones(tmp_path):
+    paths = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        mlp = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5))
+        model = get_peft_model(mlp, random_masks(target_modules=["0", "2"], seed=seed))
+        paths.append(tmp_path / str(seed))
+        model.save_pretrained(paths[-1])
+    x = torch.randn(3, 12)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5)), paths[0])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.load_adapter(paths[1], "default")  # into the same buffers
+    masked = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), masked)
+
+
 def test_switching_to_an_unknown_adapter_changes_nothing():
     model = masked_mlp()
     model.merge_adapter()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-IGNORED = -100  # the label PyTorch's cross entropy leaves out
+from examples.tagging import IGNORED, label_last_pieces, read_columns
+
 Split = Literal["train", "dev", "test"]
 
 
@@ -95,35 +96,14 @@ def load_rows(task: Task, split: Split, model: str, data: Path) -> Rows:
         pieces = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"]
         return Rows(pieces, [example["label"] for example in examples], len(examples), tokenizer.pad_token_id)
     index = {name: i for i, name in enumerate(task.label_names(data))}
-    sentences = _read_columns(data / task.name / f"{split}.conll")
+    sentences = read_columns(data / task.name / f"{split}.conll")
     words = [[word for word, _ in sentence] for sentence in sentences]
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=task.max_length)
     labels = [
-        _label_last_pieces(encoded.word_ids(row), [index[tag] for _, tag in sentence])
+        label_last_pieces(encoded.word_ids(row), [index[tag] for _, tag in sentence])
         for row, sentence in enumerate(sentences)
     ]
     return Rows(encoded["input_ids"], labels, sum(map(len, sentences)), tokenizer.pad_token_id)
-
-
-def _read_columns(path: Path) -> list[list[tuple[str, str]]]:
-    sentences: list[list[tuple[str, str]]] = [[]]
-    # Not splitlines(): a token may hold a character that Python takes for a line end.
-    for line in path.read_text("utf-8").split("\n"):
-        if line.strip():
-            columns = line.split("\t")
-            sentences[-1].append((columns[0], columns[-1]))
-        elif sentences[-1]:
-            sentences.append([])
-    return [sentence for sentence in sentences if sentence]
-
-
-def _label_last_pieces(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
-    """The tag of a word on its last word piece, as in the paper; `IGNORED` on every other piece."""
-    following = [*word_ids[1:], None]
-    return [
-        IGNORED if word is None or word == after else tags[word]
-        for word, after in zip(word_ids, following, strict=True)
-    ]
 
 
 def training_batches(rows: Rows, seed: int, steps: int, batch_size: int) -> Iterator[list[int]]:

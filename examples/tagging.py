@@ -1,0 +1,71 @@
+"""Tagging words: reading CoNLL columns, labels on word pieces, and the two scores.
+
+Pure functions without a model, shared by the demo and the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+IGNORED = -100  # the label PyTorch's cross entropy leaves out
+
+Sentence = list[tuple[str, str]]  # (word, tag)
+Span = tuple[int, int, str]  # first word, word after the last, type
+
+
+def read_columns(path: Path) -> list[Sentence]:
+    """Read tab-separated columns, the word first and the tag last, a blank line between sentences."""
+    sentences: list[Sentence] = [[]]
+    # Not splitlines(): a token may hold a character that Python takes for a line end.
+    for line in path.read_text("utf-8").split("\n"):
+        if line.strip():
+            columns = line.split("\t")
+            sentences[-1].append((columns[0], columns[-1]))
+        elif sentences[-1]:
+            sentences.append([])
+    return [sentence for sentence in sentences if sentence]
+
+
+def label_last_pieces(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """Put the tag of a word on its last word piece, as in the paper, and `IGNORED` on every other piece.
+
+    Args:
+        word_ids: for each piece the number of its word, None for special tokens, as fast tokenizers give them.
+        tags: number of the tag of each word.
+    """
+    following = [*word_ids[1:], None]
+    return [
+        IGNORED if word is None or word == after else tags[word]
+        for word, after in zip(word_ids, following, strict=True)
+    ]
+
+
+def token_accuracy(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> float:
+    """Return the fraction of words with the right tag, over all sentences."""
+    pairs = [pair for sentence in zip(gold, predicted, strict=True) for pair in zip(*sentence, strict=True)]
+    return sum(expected == tag for expected, tag in pairs) / len(pairs)
+
+
+def spans(tags: Sequence[str]) -> set[Span]:
+    """Return the spans that BIO tags mark; an `I-` that continues no span of its type starts one, as in conlleval."""
+    found: set[Span] = set()
+    start, kind = 0, ""  # of the open span; no kind: none is open
+    for position, tag in enumerate([*tags, "O"]):
+        prefix, _, tag_kind = tag.partition("-")
+        if kind and (prefix, tag_kind) != ("I", kind):
+            found.add((start, position, kind))
+            kind = ""
+        if tag != "O" and not kind:
+            start, kind = position, tag_kind
+    return found
+
+
+def span_f1(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> float:
+    """Return the micro-averaged F1 of spans with exactly the right type and boundaries; 0 if there are none."""
+    right = total = 0
+    for expected_tags, tags in zip(gold, predicted, strict=True):
+        expected, found = spans(expected_tags), spans(tags)
+        right += len(expected & found)
+        total += len(expected) + len(found)
+    return 2 * right / total if total else 0.0
