@@ -119,17 +119,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self._get_available_adapters():
                 continue
             weight = self._weight().data
-            positions = self._zero_positions(adapter_name)
-            where = positions.to(weight.device, torch.int64)
-            zeros = torch.zeros(len(where), dtype=weight.dtype, device=weight.device)
-            if safe_merge and not weight.clone().put_(where, zeros).isfinite().all():
+            positions = self._zero_positions(adapter_name).to(weight.device, torch.int64)
+            zeros = torch.zeros(len(positions), dtype=weight.dtype, device=weight.device)
+            if safe_merge and not weight.clone().put_(positions, zeros).isfinite().all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
                     "model is: a weight that is kept is not finite."
                 )
             # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
-            self._stashes.append((positions, weight.take(where)))
-            weight.put_(where, zeros)
+            self._stashes.append((positions, weight.take(positions)))
+            weight.put_(positions, zeros)
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -141,7 +140,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         while len(self._stashes) > depth:
             positions, values = self._stashes[-1]
             weight = self._weight().data
-            weight.put_(positions.to(weight.device, torch.int64), values.to(weight.device))
+            weight.put_(positions.to(weight.device), values.to(weight.device))
             self._stashes.pop()
         del self.merged_adapters[depth:]
 
@@ -156,7 +155,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self._stashes:
             weight = weight.clone()
             for positions, values in reversed(self._stashes):
-                weight.put_(positions.to(weight.device, torch.int64), values.to(weight.device))
+                weight.put_(positions.to(weight.device), values.to(weight.device))
         return weight
 
     # ---- forward ----

@@ -10,7 +10,8 @@ from examples.demo.methods import Result
 HEADER = (
     "task",
     "method",
-    "test accuracy",
+    "metric",
+    "test score",
     "trained parameters",
     "adapter bytes",
     "head bytes",
@@ -30,7 +31,8 @@ def table(results: Sequence[Result]) -> str:
             (
                 result.task,
                 result.method,
-                f"{result.accuracy:.3f}",
+                result.metric,
+                f"{result.score:.3f}",
                 _cell(result.trained_parameters, "{:,}"),
                 _cell(result.adapter_bytes, "{:,}"),
                 _cell(result.head_bytes, "{:,}"),
@@ -42,10 +44,10 @@ def table(results: Sequence[Result]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     # names to the left, figures to the right
     lines = [
-        "| " + " | ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
+        "| " + " | ".join(f"{cell:{'<' if i < 3 else '>'}{widths[i]}}" for i, cell in enumerate(row)) + " |"
         for row in rows
     ]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < 2 else ":") for i, width in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i < 3 else ":") for i, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
@@ -53,12 +55,12 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def plot(results: Sequence[Result], rows: int, file: Path) -> None:
-    """Draw test accuracy against the bytes of the adapter for one task.
+def plot(results: Sequence[Result], words: int, file: Path) -> None:
+    """Draw the test score against the bytes of the adapter for one task.
 
     Args:
         results: the methods on that task; those without an adapter are drawn as a floor.
-        rows: number of test rows, for the standard error.
+        words: number of test words, for the standard error of an accuracy.
         file: PNG to write.
     """
     import matplotlib.pyplot as plt  # here, because it is slow to import and only this function needs it
@@ -67,8 +69,8 @@ def plot(results: Sequence[Result], rows: int, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
     points = [result for result in results if result.adapter_bytes]
     for result in results:
-        error = 100 * (result.accuracy * (1 - result.accuracy) / rows) ** 0.5
-        percent = 100 * result.accuracy
+        error = 100 * (result.score * (1 - result.score) / words) ** 0.5
+        percent = 100 * result.score
         if not result.adapter_bytes:
             axes.axhline(percent, color="#9ca3af", linestyle="--", linewidth=1)
             axes.annotate(
@@ -98,7 +100,7 @@ def plot(results: Sequence[Result], rows: int, file: Path) -> None:
     axes.set_xticks([10.0**power for power in range(3, 10) if min(sizes) / 3 < 10**power < max(sizes) * 12])
     axes.xaxis.set_major_formatter(lambda value, _: _size(value))
     axes.set_xlabel("bytes on disk for the task, without its head (log scale)")
-    axes.set_ylabel("test accuracy, % (bars: ± 1 standard error)")
+    axes.set_ylabel(f"test {results[0].metric}, % (bars: ± 1 standard error)")
     axes.set_title(f"{results[0].task}: one task, one base model, three ways to learn it", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)

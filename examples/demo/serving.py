@@ -43,20 +43,22 @@ def check_serving(base: BaseModel, first: tuple[Task, Path], second: tuple[Task,
         task.name: _logits(PeftModel.from_pretrained(base.load(task), str(folder)).eval(), batch)
         for task, folder in (first, second)
     }
+    # the mask applied as it is used: any adapter, at any moment
     for name in (task_a.name, task_b.name):
         served.set_adapter(name)
         yield f"switched to {name}: logits of {name} loaded alone", torch.equal(_logits(served, batch), alone[name])
     with served.disable_adapter():
         yield "switched off: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
 
+    # the mask written into the weights: no cost per call
     for name in (task_a.name, task_b.name):
-        served.set_adapter(name)
-        served.merge_adapter()
+        served.base_model.switch_adapter(name)
         changed = _count_changed(served, plain)
         equal = torch.equal(_logits(served, batch), alone[name])
-        yield f"merged {name} ({changed:,} weights written over): logits as before", equal
-        served.unmerge_adapter()
-        yield f"unmerged {name}: every weight of the base model", _same_weights(served, plain)
+        yield f"merged {name} ({changed:,} weights written over): logits of {name} loaded alone", equal
+    served.base_model.switch_adapter(None)
+    yield "merged nothing: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
+    yield "merged nothing: every weight of the base model", _same_weights(served, plain)
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
