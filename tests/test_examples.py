@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 from examples import text_classification
+from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
 from examples.demo.methods import METHODS, Result
@@ -237,7 +238,6 @@ def test_task_scores_only_the_labelled_pieces():
 
 def test_last_pieces_carry_the_tags():
     assert label_last_pieces([None, 0, 0, 1, None], [7, 8]) == [IGNORED, IGNORED, 7, 8, IGNORED]
-    assert label_last_pieces([], []) == []
     assert label_last_pieces([None, 0, 0], [7, 8]) == [IGNORED, IGNORED, 7]  # the second word was cut off
 
 
@@ -293,6 +293,29 @@ def test_table_names_the_metric_and_is_relative_to_full_fine_tuning_of_the_same_
     assert "0.90 x" in last[3]
     assert "span F1" in last[4]
     assert "x |" not in last[4]  # nothing to compare with
+
+
+def test_cut_reads_the_syntactic_words_of_conllu(tmp_path):
+    lines = [
+        "# text = don't go",
+        "1-2\tdon't\t_\t_",
+        "1\tdo\tdo\tAUX",
+        "2\tn't\tnot\tPART",
+        "2.1\tx\tx\tVERB",
+        "3\tgo\tgo\tVERB",
+    ]
+    (tmp_path / "a.conllu").write_text("\n".join([*lines, "", "# text = no", "1\tno\tno\tINTJ", "", ""]))
+    expected = [[("do", "AUX"), ("n't", "PART"), ("go", "VERB")], [("no", "INTJ")]]
+    assert cut.read_conllu(tmp_path / "a.conllu") == expected
+
+
+def test_cut_chooses_from_the_set_of_sentences():
+    short, long = [("a", "A")], [("b", "B")] * (cut.SENTENCE_WORDS + 1)
+    invisible, known, other = [("\ufe0f", "A")], [("a", "B")], [("c", "C")]
+    expected = {"train": [short], "test": [other]}
+    assert cut.cut_sentences([short, short, long], [other, known, invisible, long, other], (1, 1)) == expected
+    many = [[(letter, "A")] for letter in LETTERS]
+    assert cut.cut_sentences(many, many[:0], (9, 0)) == cut.cut_sentences(many[::-1], many[:0], (9, 0))
 
 
 @pytest.mark.parametrize(("name", "tags"), [(demo.FIRST, 17), (demo.SECOND, 13)])
