@@ -37,7 +37,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
-        self._positions: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}  # see `_zero_positions`
+        self._positions: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
 
     # ---- adapters ----
@@ -84,19 +84,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Return where the adapter's mask is off: row-major positions, int32 wherever these reach.
 
         Finding them takes longer than the switch they are for, so those of packed masks are kept: 4 bytes a weight that
-        is off. They are found anew when the bits are other ones, which their address and version tell.
+        is off. They are found anew when the bits are another tensor or were written to since.
         """
         bits = self.packed_mask(adapter_name)
-        state = (bits.data_ptr(), bits._version)
         known = self._positions.get(adapter_name)
-        if known is not None and known[0] == state:
-            return known[1]
+        if known is not None and known[0] is bits and known[1] == bits._version:
+            return known[2]
         weight = self._weight()
         positions = zero_positions(bits, weight.shape)
         if weight.numel() <= torch.iinfo(torch.int32).max:
             positions = positions.int()
-        if adapter_name in self.peft_mask_bits:
-            self._positions[adapter_name] = (state, positions)
+        if adapter_name in self.peft_mask_bits and not bits.is_inference():  # such tensors have no version
+            self._positions[adapter_name] = (bits, bits._version, positions)
         return positions
 
     def delete_adapter(self, adapter_name: str) -> None:

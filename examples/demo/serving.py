@@ -51,12 +51,13 @@ def check_serving(base: BaseModel, first: tuple[Task, Path], second: tuple[Task,
         yield "switched off: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
 
     # the mask written into the weights: no cost per call
+    tuner: Any = served.base_model
     for name in (task_a.name, task_b.name):
-        served.base_model.switch_adapter(name)
+        tuner.switch_adapter(name)
         changed = _count_changed(served, plain)
         equal = torch.equal(_logits(served, batch), alone[name])
         yield f"merged {name} ({changed:,} weights written over): logits of {name} loaded alone", equal
-    served.base_model.switch_adapter(None)
+    tuner.switch_adapter(None)
     yield "merged nothing: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
     yield "merged nothing: every weight of the base model", _same_weights(served, plain)
 

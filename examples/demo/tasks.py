@@ -127,7 +127,8 @@ def probe_score(task: Task, model: BaseModel) -> float:
     """
     train = _word_states(task.train.select(range(_sentences_of(task.train, PROBE_WORDS))), model)
     test = _word_states(task.test, model)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=100))
+    # C, of 0.01 to 10, on 600 training sentences held out: .356 to .219 (wnut17), .875 to .840 (ud_ewt_pos, best .876)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=100))
     with warnings.catch_warnings():
         # a floor need not be optimal to the last digit
         warnings.simplefilter("ignore", ConvergenceWarning)
