@@ -6,7 +6,6 @@ python -m benchmarks.codec [--adapter FOLDER ...] [--rounds 15]
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 
@@ -18,21 +17,11 @@ from benchmarks.switch import base_model
 from peft_mask import MaskConfig, Masks
 from peft_mask.fingerprint import fingerprint_of
 from peft_mask.layer import MaskLayer
-from peft_mask.packing import pack_bits
+from peft_mask.packing import entropy_bits, pack_bits
 from peft_mask.record import read_record, write_record
 
 SPARSITIES = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 0.5)
 FILE = "adapter_model.safetensors"
-
-
-def entropy_bytes(masks: list[torch.Tensor]) -> float:
-    """Bytes that independent zeros at each matrix's own rate take: the sum of H(p) n / 8."""
-    total = 0.0
-    for mask in masks:
-        p = 1 - mask.float().mean().item()
-        if 0 < p < 1:
-            total -= mask.numel() * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
-    return total / 8
 
 
 def random_masks(sparsity: float) -> dict[str, torch.Tensor]:
@@ -55,7 +44,8 @@ def coding_row(label: str, masks: list[torch.Tensor], rounds: int) -> tuple[tupl
     )
     weights = sum(mask.numel() for mask in masks)
     zeros = sum(int((~mask).sum()) for mask in masks)
-    size, bound = sum(map(len, records)), entropy_bytes(masks)
+    size = sum(map(len, records))
+    bound = sum(entropy_bits(int((~mask).sum()), mask.numel()) for mask in masks) / 8
     per_10m = {name: time.median * 1e7 / weights for name, time in times.items()}
     row = (
         label,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_mask.fingerprint import UNKNOWN, Fingerprint
-from peft_mask.packing import count_zeros, pack_bits, unpack_bits
+from peft_mask.packing import count_zeros, entropy_bits, pack_bits, unpack_bits
 from peft_mask.record import read_record, write_record
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -40,8 +40,7 @@ class _Mask:
 
     @property
     def entropy(self) -> float:
-        counts = [count for count in (self.zeros, self.weights - self.zeros) if count]
-        return sum(count * math.log2(self.weights / count) for count in counts)
+        return entropy_bits(self.zeros, self.weights)
 
     @cached_property
     def record(self) -> Tensor:

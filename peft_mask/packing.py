@@ -125,6 +125,17 @@ def count_zeros(bits: Tensor, shape: Sequence[int]) -> int:
     return math.prod(shape) - int((kept * ones).sum())
 
 
+def entropy_bits(zeros: int, weights: int) -> float:
+    """Bits that a mask takes of which only the number of zeros is known: `n H(p)` with `p = zeros / n`.
+
+    `H(p) = -p log2 p - (1 - p) log2 (1 - p)`.
+
+    >>> entropy_bits(1, 2)
+    2.0
+    """
+    return sum(count * math.log2(weights / count) for count in (zeros, weights - zeros) if count)
+
+
 def has_clean_padding(bits: Tensor, shape: Sequence[int]) -> bool:
     """Whether every padding bit is zero, as it must be."""
     cols = _matrix(shape)[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_mask.binarize import binarize_threshold
 from peft_mask.layer import MaskLayer
-from peft_mask.packing import count_zeros, pack_bits
+from peft_mask.packing import count_zeros, entropy_bits, pack_bits
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -105,7 +104,7 @@ class MaskStatistics:
             off = count_zeros(packed, scores.shape)
             weights += scores.numel()
             zeros += off
-            bits += _entropy(off, scores.numel())
+            bits += entropy_bits(off, scores.numel())
             if name in self._start:
                 flips += packed.numel() * 8 - count_zeros(packed ^ self._start[name], (packed.numel() * 8,))
         if not weights:
@@ -149,8 +148,3 @@ class MaskCallback(TrainerCallback):
 
 def _packed(scores: torch.Tensor) -> torch.Tensor:
     return pack_bits(binarize_threshold(scores.detach()))
-
-
-def _entropy(zeros: int, size: int) -> float:
-    p = zeros / size if size else 0.0
-    return 0.0 if p in (0.0, 1.0) else -size * (p * math.log2(p) + (1 - p) * math.log2(1 - p))

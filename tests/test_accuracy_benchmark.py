@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import probe, report, runs, sizes, tasks, training
+from benchmarks.accuracy import probe, report, runs, tasks, training
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
 from benchmarks.accuracy.training import Method, Setting
@@ -221,9 +221,3 @@ def test_batches_are_a_function_of_the_seed_and_show_every_row_once_an_epoch() -
 def test_too_few_rows_for_a_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="a batch of 32 needs as many rows, the training split has 1"):
         list(training_batches(Rows([[0]], [0], 1, pad=0), seed=0, steps=1, batch_size=32))
-
-
-def test_entropy() -> None:
-    assert sizes.entropy(0.0) == sizes.entropy(1.0) == 0.0
-    assert sizes.entropy(0.5) == 1.0
-    assert sizes.entropy(0.05) == pytest.approx(0.286, abs=5e-4)

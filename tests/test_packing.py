@@ -14,6 +14,7 @@ from peft_mask.packing import (
     bits_from_positions,
     bits_shape,
     count_zeros,
+    entropy_bits,
     has_clean_padding,
     kept_positions,
     pack_bits,
@@ -104,3 +105,9 @@ def test_a_gpu_packs_and_unpacks_as_the_cpu_does(shape):
         assert torch.equal(zeros.cpu(), zero_positions(bits, shape))
         assert torch.equal(bits_from_positions(zeros, shape, kept=False), there)
         assert count_zeros(there, shape) == count_zeros(bits, shape)
+
+
+def test_entropy_of_masks():
+    assert entropy_bits(0, 8) == entropy_bits(8, 8) == entropy_bits(0, 0) == 0.0
+    assert entropy_bits(4, 8) == 8.0
+    assert entropy_bits(50, 1000) == pytest.approx(286.4, abs=0.1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from peft_mask.packing import entropy_bits
 from peft_mask.record import read_record
 
 HEADS = ("classifier", "score")  # names of the task heads of transformers' classification models
@@ -39,7 +40,7 @@ def measure(folder: Path) -> dict[str, Any]:
                 masks += tensor.nbytes
                 weights += size
                 zeros += record.zeros
-                entropy_bytes += size * entropy(record.zeros / size) / 8
+                entropy_bytes += entropy_bits(record.zeros, size) / 8
     figures: dict[str, Any] = {"bytes": path.stat().st_size, "head_bytes": head}
     if weights:
         figures |= {
@@ -49,8 +50,3 @@ def measure(folder: Path) -> dict[str, Any]:
             "entropy_bytes": entropy_bytes,
         }
     return figures
-
-
-def entropy(p: float) -> float:
-    """Entropy of a bit that is 1 with probability `p`, in bits."""
-    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)

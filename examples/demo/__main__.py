@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     # The moments of Adam decay into denormal numbers, with which CPUs are several times slower.
     torch.set_flush_denormal(True)
+    # PEFT reads this property by its old name on every model it wraps.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # leaves the bars of training and evaluation
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -58,8 +58,8 @@ def check_serving(base: BaseModel, first: tuple[Task, Path], second: tuple[Task,
         equal = torch.equal(_logits(served, batch), alone[name])
         yield f"merged {name} ({changed:,} weights written over): logits of {name} loaded alone", equal
     tuner.switch_adapter(None)
-    yield "merged nothing: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
-    yield "merged nothing: every weight of the base model", _same_weights(served, plain)
+    yield "switched off again: logits of the base model", torch.equal(_logits(served, batch), _logits(plain, batch))
+    yield "switched off again: every weight of the base model", _same_weights(served, plain)
 
 
 def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
