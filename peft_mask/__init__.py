@@ -13,8 +13,15 @@ from peft.mapping import (
 from peft_mask.config import MaskConfig, MaskType
 from peft_mask.masks import Masks
 from peft_mask.model import MaskModel
+from peft_mask.optim import SignAdamW
 from peft_mask.state import keep_scores
-from peft_mask.training import MaskCallback, MaskStatistics, create_mask_optimizer
+from peft_mask.training import (
+    MaskCallback,
+    MaskStatistics,
+    create_mask_optimizer,
+    fill_budget,
+    saliency_candidates,
+)
 
 __version__ = "0.1.0"
 
@@ -24,8 +31,11 @@ __all__ = [
     "MaskModel",
     "MaskStatistics",
     "Masks",
+    "SignAdamW",
     "create_mask_optimizer",
+    "fill_budget",
     "keep_scores",
+    "saliency_candidates",
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig

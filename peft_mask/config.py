@@ -16,9 +16,15 @@ class MaskType(str, enum.Enum):
     PEFT_MASK = "PEFT_MASK"
 
 
-Binarizer = Literal["threshold"]
+Binarizer = Literal["topk", "threshold"]
+CandidateRule = Literal["magnitude", "random"]
+ScoresDtype = Literal["float32", "bfloat16"]
 Structure = Literal["weight"]
 InitWeights = Literal["uniform"]
+
+
+DEFAULT_SPARSITY = 0.005
+DEFAULT_CANDIDATES = 0.1
 
 
 @dataclass
@@ -37,15 +43,30 @@ class MaskConfig(PeftConfig):
         modules_to_save: modules trained and saved whole beside the masks. For sequence classification, token
             classification and question answering the whole task head is added: everything outside the backbone.
         fan_in_fan_out: accepted for symmetry with `LoraConfig` and without effect: a mask has the weight's own shape.
-        init_weights: starting scores. `True`: every weight kept, large ones closer to the threshold. `"uniform"`: the
-            paper's uniform distribution with a controlled fraction `init_sparsity` below the threshold. `False`: a
-            random mask (for tests), with `init_sparsity` of the weights off (0.5 if not given).
-        init_margin: distance above the threshold at which `init_weights=True` starts a weight whose magnitude is the
-            root mean square of its matrix; others start in inverse proportion to their magnitude. Against learning
-            rate times steps it decides how many weights can be switched off.
-        init_sparsity: fraction of weights off at the start, for `init_weights` `"uniform"` (default 0.05) and `False`.
+        binarizer: how scores become a mask. `"topk"`: of each matrix the `target_sparsity` with the lowest scores below
+            the threshold are off, so that the size of the file is known beforehand and the learning rate of the scores
+            does not matter. `"threshold"`: the paper's, a weight is kept where its score has reached the threshold.
+        target_sparsity: fraction of the masked weights that `"topk"` switches off; by default 0.005, which costs about
+            0.047 bit a masked weight.
+        target_bytes: the size that `adapter_model.safetensors` is to have, without a task head; the sparsity is
+            computed from it, and stands in `target_sparsity` once the model is wrapped.
+        candidates: fraction of each matrix that has scores and may be switched off, or None: all of it. Scores, their
+            gradient and optimizer state exist for candidates only. By default 0.1 with `"topk"`, all with
+            `"threshold"`.
+        candidate_rule: which weights are candidates: `"magnitude"`, the largest, or `"random"`. Others, chosen by data
+            or by a rule of one's own, are set with `MaskModel.set_candidates`.
+        init_weights: starting scores. `True`: every weight kept; with `"threshold"`, large ones closer to it.
+            `"uniform"`, for `"threshold"`: the paper's uniform distribution with a controlled fraction `init_sparsity`
+            below the threshold. `False`: a random mask (for tests), which switches off the budget of `"topk"`, or with
+            `"threshold"` `init_sparsity` (0.5 if not given).
+        init_margin: distance above the threshold at which `"threshold"` with `init_weights=True` starts a weight whose
+            magnitude is the root mean square of its matrix; others start in inverse proportion to their magnitude.
+            Against learning rate times steps it decides how many weights can be switched off.
+        init_sparsity: fraction of weights off at the start, for `"threshold"` with `init_weights` `"uniform"` (default
+            0.05) and `False`.
         threshold: the paper's tau, which shifts the starting scores of `"uniform"`; scores are stored relative to it.
-        binarizer: how scores become a mask. `"threshold"`: kept where the score has reached the threshold.
+        scores_dtype: `"float32"`, or `"bfloat16"` for half the memory; in bfloat16 train with
+            `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
         structure: what one score governs. `"weight"`: a single weight.
         target_parameters: not supported; named here because PEFT asks every configuration for it.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
@@ -57,8 +78,8 @@ class MaskConfig(PeftConfig):
 
     Example:
         >>> from peft_mask import MaskConfig
-        >>> MaskConfig(task_type="SEQ_CLS", layers_to_transform=[2, 3, 4, 5]).init_margin > 0
-        True
+        >>> MaskConfig(task_type="SEQ_CLS", layers_to_transform=[2, 3, 4, 5]).target_sparsity
+        0.005
     """
 
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to mask."})
@@ -71,7 +92,14 @@ class MaskConfig(PeftConfig):
     init_margin: float = field(default=0.016, metadata={"help": "Start of `init_weights=True` above the threshold."})
     init_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off at the start."})
     threshold: float = field(default=0.0, metadata={"help": "The paper's threshold tau."})
-    binarizer: Binarizer = field(default="threshold", metadata={"help": "How scores become a mask."})
+    binarizer: Binarizer = field(default="topk", metadata={"help": "How scores become a mask."})
+    target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off, for topk."})
+    target_bytes: int | None = field(default=None, metadata={"help": "Size of the file, in place of a sparsity."})
+    candidates: float | Literal["default"] | None = field(
+        default="default", metadata={"help": "Fraction of weights with scores; None: all."}
+    )
+    candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
+    scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
@@ -84,15 +112,51 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        self._fill_in()
         self._validate()
+
+    @classmethod
+    def paper(cls, **fields: Any) -> MaskConfig:
+        """Return the paper's setting: a score for every weight, five per cent of them off at the start, no budget.
+
+        Its choice of blocks (2 to 11 of BERT-base's 12, and the pooler) is `layers_to_transform`; its masked random
+        head is not supported.
+
+        Args:
+            **fields: fields of `MaskConfig`, over those of the preset.
+
+        Source: Zhao et al. 2020, section 4; official code, `parameters.py`.
+
+        >>> MaskConfig.paper(task_type="SEQ_CLS").init_sparsity
+        0.05
+        """
+        return cls(
+            **{"binarizer": "threshold", "init_weights": "uniform", "init_sparsity": 0.05, "threshold": 0.01} | fields
+        )
+
+    def _fill_in(self) -> None:
+        """Put what depends on another field in the place of defaults that say so."""
+        if self.candidates == "default":
+            self.candidates = DEFAULT_CANDIDATES if self.binarizer == "topk" else None
+        if self.binarizer == "topk" and self.target_sparsity is None and self.target_bytes is None:
+            self.target_sparsity = DEFAULT_SPARSITY
 
     def _validate(self) -> None:
         _check_choice("binarizer", self.binarizer, get_args(Binarizer))
+        _check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
+        _check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
+        self._validate_budget()
         _check_choice("structure", self.structure, get_args(Structure))
         if not isinstance(self.init_weights, bool):
             _check_choice("init_weights", self.init_weights, get_args(InitWeights), also="True or False")
         _check_number("threshold", self.threshold)
         _check_number("init_margin", self.init_margin, above=0.0)
+        if self.binarizer == "topk" and (self.init_sparsity is not None or self.init_weights == "uniform"):
+            field = "init_weights='uniform'" if self.init_sparsity is None else f"init_sparsity={self.init_sparsity}"
+            raise ValueError(
+                f'{field} has no meaning with binarizer="topk", which starts with every weight kept and switches off '
+                'target_sparsity: use binarizer="threshold", or MaskConfig.paper() for the paper\'s setting.'
+            )
         if self.init_sparsity is not None:
             _check_number("init_sparsity", self.init_sparsity, above=0.0, below=1.0)
             if self.init_weights is True:
@@ -110,15 +174,37 @@ class MaskConfig(PeftConfig):
                 "Name them in target_modules."
             )
 
+    def _validate_budget(self) -> None:
+        if self.candidates is not None:
+            _check_number("candidates", self.candidates, above=0.0, most=1.0)
+        given = [name for name in ("target_sparsity", "target_bytes") if getattr(self, name) is not None]
+        if self.binarizer != "topk" and given:
+            raise ValueError(
+                f'{given[0]}={getattr(self, given[0])} needs binarizer="topk", which switches off as many weights as '
+                f"it is told; with binarizer={self.binarizer!r} training decides how many. Leave one of them out."
+            )
+        if self.target_bytes is not None and (not isinstance(self.target_bytes, int) or self.target_bytes <= 0):
+            raise ValueError(f"target_bytes must be a positive integer, got {self.target_bytes!r}.")
+        if self.target_sparsity is not None:
+            _check_number("target_sparsity", self.target_sparsity, above=0.0, below=1.0)
+            if self.candidates is not None and self.target_sparsity > self.candidates:
+                raise ValueError(
+                    f"target_sparsity={self.target_sparsity} cannot be reached with candidates={self.candidates}, of "
+                    "which all would be off: raise candidates, or set it to None."
+                )
+
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}{also and ', ' + also}, got {value!r}.")
 
 
-def _check_number(name: str, value: Any, above: float = -math.inf, below: float = math.inf) -> None:
+def _check_number(
+    name: str, value: Any, above: float = -math.inf, below: float = math.inf, most: float = math.inf
+) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not above < value < below or not math.isfinite(value):
+    if not is_number or not above < value < below or not value <= most or not math.isfinite(value):
         bounds = f" greater than {above:g}" if above > -math.inf else ""
         bounds += f" and less than {below:g}" if below < math.inf else ""
+        bounds += f" and at most {most:g}" if most < math.inf else ""
         raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}.")

@@ -47,75 +47,134 @@ def apply_scores(weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(weight, scores, threshold_of(scores.dtype))
 
 
+def _masked(
+    weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """`weight` under its scores: the threshold's mask, or the one given, of all weights or of those at `positions`."""
+    if mask is None:
+        mask = binarize_threshold(scores) if positions is not None else None
+    if mask is None:
+        return apply_scores(weight, scores)
+    if positions is None:
+        return apply_mask(weight, mask)
+    index = positions.long()
+    masked = weight.clone(memory_format=torch.contiguous_format)
+    return masked.put_(index, torch.where(mask, weight.take(index), 0))
+
+
+def _score_gradient(
+    grad: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """`dL/d(W * M) * W`, of all weights or of those at `positions`."""
+    if positions is not None:
+        index = positions.long()
+        grad, weight = grad.take(index), weight.take(index)
+    return grad.to(scores.dtype) * weight
+
+
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight, scores)
-        return apply_scores(weight, scores)
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scores, mask, positions)
+        return _masked(weight, scores, mask, positions)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        weight, scores = ctx.saved_tensors
-        grad_weight = apply_scores(grad, scores) if ctx.needs_input_grad[0] else None
-        grad_scores = grad.to(scores.dtype) * weight if ctx.needs_input_grad[1] else None
-        return grad_weight, grad_scores
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, scores, mask, positions = ctx.saved_tensors
+        needs_weight, needs_scores, *_ = ctx.needs_input_grad
+        grad_weight = _masked(grad, scores, mask, positions) if needs_weight else None
+        grad_scores = _score_gradient(grad, weight, scores, positions) if needs_scores else None
+        return grad_weight, grad_scores, None, None
 
 
-def masked_weight(weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Mask a weight by its scores: `W * M` with `M = scores >= 0`.
+def masked_weight(
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mask a weight by its scores: `W * M`, by default with `M = scores >= 0`.
 
-    The gradient of the scores is the straight-through one, `dL/dscores = dL/d(W*M) * W`: the threshold counts as the
+    The gradient of the scores is the straight-through one, `dL/dscores = dL/d(W*M) * W`: the binarizer counts as the
     identity, also for weights that are off, so that they can come back.
 
     Args:
         weight: (...) tensor, usually frozen.
-        scores: tensor of the same shape.
+        scores: tensor of the same shape, or (candidates,) with `positions`.
+        mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
+        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
+            are kept.
 
     Returns:
         Tensor of the shape and dtype of `weight`. If `weight` requires a gradient, its off entries get zero.
 
     Source: Zhao et al. 2020, section 3; the estimator is Piggyback's (Mallya et al. 2018).
     """
-    return _MaskedWeight.apply(weight, scores)
+    return _MaskedWeight.apply(weight, scores, mask, positions)
 
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scores: torch.Tensor,
+        bias: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, scores)
-        return F.linear(x, apply_scores(weight, scores), bias)
+        ctx.save_for_backward(x, weight, scores, mask, positions)
+        ctx.transposed = transposed
+        masked = _masked(weight, scores, mask, positions)
+        return F.linear(x, masked.t() if transposed else masked, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, scores = ctx.saved_tensors
-        needs_x, needs_weight, needs_scores, needs_bias = ctx.needs_input_grad
+        x, weight, scores, mask, positions = ctx.saved_tensors
+        needs_x, needs_weight, needs_scores, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_scores = grad_bias = None
         if needs_x:
             # Under autocast the product ran in the dtype of `grad`, and so does its backward.
-            grad_x = (grad @ apply_scores(weight, scores).to(grad.dtype)).to(x.dtype)
+            masked = _masked(weight, scores, mask, positions).to(grad.dtype)
+            grad_x = (grad @ (masked.t() if ctx.transposed else masked)).to(x.dtype)
         if needs_scores or needs_weight:
-            product = rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            columns = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            product = columns.t() @ rows if ctx.transposed else rows.t() @ columns
             if needs_weight:
-                grad_weight = apply_scores(product, scores).to(weight.dtype)
+                grad_weight = _masked(product, scores, mask, positions).to(weight.dtype)
             if needs_scores:
-                grad_scores = product.to(scores.dtype).mul_(weight) if not needs_weight else product * weight
+                grad_scores = _score_gradient(product, weight, scores, positions)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scores, grad_bias
+        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None
 
 
 def masked_linear(
-    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> torch.Tensor:
-    """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, `M = scores >= 0`.
+    """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, by default with `M = scores >= 0`.
 
     Equal to `masked_linear_reference` in value and gradients, but nothing of the weight's size is kept for the backward
-    pass: `x`, `weight` and `scores` are saved by reference and `W * M` is formed again.
+    pass: `x`, `weight` and `scores` are saved by reference and `W * M` is formed again. With `positions` only the
+    scores' gradient is ever stored; `(dL/dy)^T x` lives as long as this layer's backward.
 
         dL/dx      = dL/dy (W * M)
         dL/dscores = (dL/dy)^T x * W          (straight-through: also where the weight is off)
@@ -123,9 +182,13 @@ def masked_linear(
 
     Args:
         x: (..., in) tensor.
-        weight: (out, in) tensor, any strides.
-        scores: (out, in) tensor, any floating dtype, any strides.
+        weight: (out, in) tensor, any strides; (in, out) if `transposed`.
+        scores: tensor of the shape of `weight`, or (candidates,) with `positions`; any floating dtype.
         bias: (out,) tensor or None.
+        mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
+        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
+            are kept.
+        transposed: whether `weight` is stored as in transformers' `Conv1D`.
 
     Returns:
         (..., out) tensor. Autocast applies to it as to `torch.nn.functional.linear`.
@@ -135,11 +198,19 @@ def masked_linear(
 
     Source: Zhao et al. 2020, section 3.
     """
-    return _MaskedLinear.apply(x, weight, scores, bias)
+    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, transposed)
 
 
 def masked_linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """The readable twin of `masked_linear`: same shapes, same values, same gradients; keeps `W * M` for backward."""
-    return F.linear(x, masked_weight(weight, scores), bias)
+    masked = masked_weight(weight, scores, mask, positions)
+    return F.linear(x, masked.t() if transposed else masked, bias)

@@ -12,32 +12,37 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_mask.binarize import binarize_threshold
+from peft_mask.binarize import binarize_threshold, binarize_topk
+from peft_mask.budget import budget_zeros
+from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
 from peft_mask.functional import apply_mask, masked_linear, masked_weight
 from peft_mask.init import initial_scores
-from peft_mask.packing import pack_bits, unpack_bits, zero_positions
+from peft_mask.packing import bits_from_positions, pack_bits, unpack_bits, zero_positions
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
     """What every masked layer shares: scores or bits of each adapter, merging and exact unmerging.
 
-    An adapter that is trained owns `peft_mask_scores[adapter]`, a parameter of the weight's shape. An adapter that is
+    An adapter that is trained owns `peft_mask_scores[adapter]`: a parameter of the weight's shape or, where only some
+    weights may go, of one score for each of `peft_mask_positions[adapter]` (row-major, ascending). An adapter that is
     only used owns `peft_mask_bits[adapter]`, the packed mask: uint8 of shape (rows, ceil(columns / 8)). Never both.
     """
 
     adapter_layer_names = ("peft_mask_scores",)
-    other_param_names = ("peft_mask_bits",)
+    other_param_names = ("peft_mask_bits", "peft_mask_positions")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.peft_mask_scores = nn.ParameterDict()
         self.peft_mask_bits = BufferDict(persistent=True)
+        self.peft_mask_positions = BufferDict(persistent=True)
+        self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
-        self._positions: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
+        self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
 
     # ---- adapters ----
@@ -48,7 +53,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if config.inference_mode:
             self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(weight.shape, dtype=torch.bool, device="cpu"))
         else:
-            self.peft_mask_scores[adapter_name] = nn.Parameter(initial_scores(weight, config, name))
+            positions = choose_candidates(weight, config, name)
+            if positions is not None:
+                self.peft_mask_positions[adapter_name] = positions
+            scores = initial_scores(weight, config, name, positions)
+            self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
+            self.set_sparsity(adapter_name, config.target_sparsity)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -58,11 +68,74 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _weight(self) -> torch.Tensor:
         return cast(torch.Tensor, self.get_base_layer().weight)
 
+    def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
+        """Make a fraction of the weights, at least one, the budget of an adapter with scores; None: no budget."""
+        self._zeros.pop(adapter_name, None)
+        if sparsity is not None:
+            self._zeros[adapter_name] = budget_zeros(self._weight().numel(), sparsity)
+
+    def has_budget(self, adapter_name: str) -> bool:
+        """Return whether the number of weights that an adapter switches off is given."""
+        return adapter_name in self._zeros
+
+    def binarize(self, adapter_name: str, scores: torch.Tensor) -> torch.Tensor:
+        """Return which scores of an adapter keep their weight: bool, of the shape of `scores`."""
+        if (zeros := self._zeros.get(adapter_name)) is None:
+            return binarize_threshold(scores)
+        return binarize_topk(scores, zeros)
+
+    def positions(self, adapter_name: str) -> torch.Tensor | None:
+        """Return the positions of the weights that have a score in an adapter, or None if all have."""
+        if adapter_name not in self.peft_mask_positions:
+            return None
+        return cast(torch.Tensor, self.peft_mask_positions[adapter_name])
+
+    def checked_candidates(self, adapter_name: str, positions: torch.Tensor, name: str) -> torch.Tensor:
+        """Return positions as an adapter's candidates: ascending, as the layer stores them.
+
+        Raises:
+            ValueError: if they cannot be its candidates; the message names the module.
+        """
+        if (current := self.positions(adapter_name)) is None:
+            raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig for a choice.")
+        numel = self._weight().numel()
+        new = positions.detach().reshape(-1).long().unique()
+        if positions.is_floating_point() or len(new) != len(current) or not ((new >= 0) & (new < numel)).all():
+            raise ValueError(
+                f"cannot set the candidates of '{name}': expected {len(current)} distinct integers from 0 to "
+                f"{numel - 1}, got {len(new)} distinct values of dtype {positions.dtype} from shape "
+                f"{tuple(positions.shape)}."
+            )
+        return new.to(current)
+
+    @torch.no_grad()
+    def set_candidates(self, adapter_name: str, positions: torch.Tensor) -> None:
+        """Give an adapter's scores to the weights at `positions` (see `checked_candidates`), in the same tensors."""
+        current, scores = self.peft_mask_positions[adapter_name], self.peft_mask_scores[adapter_name]
+        where = torch.searchsorted(current, positions).clamp(max=len(current) - 1)
+        scores.copy_(torch.where(current[where] == positions, scores[where], 0))
+        current.copy_(positions)
+
+    def bits_of_scores(
+        self, adapter_name: str, scores: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what scores of an adapter come to, as packed bits of the weight's shape.
+
+        Args:
+            adapter_name: which adapter.
+            scores: its scores now, or those of a checkpoint or of all shards.
+            positions: where they belong, by default where the layer's own do.
+        """
+        kept = self.binarize(adapter_name, scores.detach())
+        positions = self.positions(adapter_name) if positions is None else positions
+        if positions is None:
+            return pack_bits(kept)
+        off = positions.to(kept.device)[~kept].long()
+        return bits_from_positions(off, self._weight().shape, kept=False)
+
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
-        if adapter_name in self.peft_mask_scores:
-            return binarize_threshold(self.peft_mask_scores[adapter_name].detach())
-        return unpack_bits(self.peft_mask_bits[adapter_name], self._weight().shape)
+        return unpack_bits(self.packed_mask(adapter_name), self._weight().shape)
 
     def packed_mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
@@ -78,7 +151,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "
                 f"contain {int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
             )
-        return pack_bits(binarize_threshold(scores))
+        return self.bits_of_scores(adapter_name, scores)
 
     def _zero_positions(self, adapter_name: str) -> torch.Tensor:
         """Return where the adapter's mask is off: row-major positions, int32 wherever these reach.
@@ -87,7 +160,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         is off. They are found anew when the bits are another tensor or were written to since.
         """
         bits = self.packed_mask(adapter_name)
-        known = self._positions.get(adapter_name)
+        known = self._known_zeros.get(adapter_name)
         if known is not None and known[0] is bits and known[1] == bits._version:
             return known[2]
         weight = self._weight()
@@ -95,12 +168,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if weight.numel() <= torch.iinfo(torch.int32).max:
             positions = positions.int()
         if adapter_name in self.peft_mask_bits and not bits.is_inference():  # such tensors have no version
-            self._positions[adapter_name] = (bits, bits._version, positions)
+            self._known_zeros[adapter_name] = (bits, bits._version, positions)
         return positions
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._positions.pop(adapter_name, None)
+        self._zeros.pop(adapter_name, None)
+        self._known_zeros.pop(adapter_name, None)
 
     # ---- merging ----
 
@@ -159,21 +233,29 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     # ---- forward ----
 
-    def _masks_in_force(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the weight under the active adapters that hold bits, and the scores of those that are trained."""
+    def _masks_in_force(self) -> tuple[torch.Tensor, list[str]]:
+        """Return the weight under the active adapters that hold bits, and the names of those that are trained."""
         weight = self._weight()
         if weight.is_meta:
             raise RuntimeError(
                 "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload "
                 "them."
             )
-        scores = []
+        trained = []
         for adapter_name in self.active_adapters:
             if adapter_name in self.peft_mask_scores:
-                scores.append(self.peft_mask_scores[adapter_name])
+                trained.append(adapter_name)
             elif adapter_name in self.peft_mask_bits:
                 weight = apply_mask(weight, self.mask(adapter_name))
-        return weight, scores
+        return weight, trained
+
+    def _score_arguments(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
+        """Return what the functions on tensors want to know of a trained adapter."""
+        scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
+        # the threshold of a score a weight is what these functions have a fast path for
+        plain = positions is None and adapter_name not in self._zeros
+        mask = None if plain else self.binarize(adapter_name, scores.detach())
+        return {"scores": scores, "mask": mask, "positions": positions}
 
     def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError
@@ -203,15 +285,13 @@ class Linear(MaskLayer):
         self.update_layer(adapter_name, config, name)
 
     def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight, scores = self._masks_in_force()
+        weight, trained = self._masks_in_force()
         bias = cast("torch.Tensor | None", self.get_base_layer().bias)
-        for other in scores[1:]:
-            weight = masked_weight(weight, other)
-        if self._transposed:
-            weight = weight.t()
-        if not scores:
-            return F.linear(x, weight, bias)
-        return masked_linear(x, weight, scores[0].t() if self._transposed else scores[0], bias)
+        for adapter_name in trained[1:]:
+            weight = masked_weight(weight, **self._score_arguments(adapter_name))
+        if not trained:
+            return F.linear(x, weight.t() if self._transposed else weight, bias)
+        return masked_linear(x, weight, bias=bias, transposed=self._transposed, **self._score_arguments(trained[0]))
 
     def __repr__(self) -> str:
         return "peft_mask." + super().__repr__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
-from peft_mask.state import records_of_adapter, state_from_records
+from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
 
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -53,12 +54,20 @@ class MaskModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model, peft_config)
         _maybe_include_all_linear_layers(peft_config, self.model)
-        self._check_targets(peft_config)
+        shapes = self._check_targets(peft_config)
+        if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
+            peft_config.target_sparsity = sparsity_for_bytes(
+                lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)
+            )
         return peft_config
 
-    def _check_targets(self, config: MaskConfig) -> None:
-        """Refuse, before anything changes, what could not be masked or would be masked without effect."""
+    def _check_targets(self, config: MaskConfig) -> dict[str, torch.Size]:
+        """Refuse, before anything changes, what could not be masked or would be masked without effect.
+
+        Returns the shapes of the weights to be masked, by name.
+        """
         tied = _tied_weights(self.model)
+        shapes = {}
         for name, module in _outermost_modules(self.model):
             if not name or not self._check_target_module_exists(config, name):
                 continue
@@ -78,6 +87,8 @@ class MaskModel(BaseTuner):
                     f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked until "
                     "merging and masked afterwards. Leave it out of target_modules, or untie the weights first."
                 )
+            shapes[name] = cast(nn.Parameter, base.weight).shape
+        return shapes
 
     def _create_and_replace(
         self,
@@ -101,6 +112,125 @@ class MaskModel(BaseTuner):
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
         # layers keep their base layer whole and are made on its device, so there is nothing to copy.
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:  # PEFT's idea of that is float32, ours what the configuration says
+            dtype = getattr(torch, self.peft_config[adapter_name].scores_dtype)
+            for _, layer in self._scored_layers(adapter_name, required=False):
+                layer.peft_mask_scores[adapter_name].data = layer.peft_mask_scores[adapter_name].data.to(dtype)
+
+    # ---- budget and candidates ----
+
+    def set_target_sparsity(self, sparsity: float, adapter_name: str | None = None) -> None:
+        """Move the budget of an adapter that has scores: the whole curve of accuracy against bytes from one training.
+
+        Fewer zeros than trained with are the strongest of these; the scores do not change. `adapter_config.json` will
+        say the new sparsity.
+
+        Args:
+            sparsity: fraction of the masked weights to switch off.
+            adapter_name: which adapter, by default the active one.
+
+        Raises:
+            ValueError: if the sparsity is out of range, or the adapter has no budget or no scores.
+        """
+        name = adapter_name or self._only_active()
+        config: MaskConfig = self.peft_config[name]
+        self._check_has_budget(name)
+        if not 0.0 < sparsity <= _largest(config):
+            raise ValueError(f"sparsity must be above 0 and at most {_largest(config):g}, got {sparsity!r}.")
+        for _, layer in self._scored_layers(name):
+            layer.set_sparsity(name, sparsity)
+        config.target_sparsity, config.target_bytes = sparsity, None
+
+    def set_target_bytes(self, target_bytes: int, adapter_name: str | None = None) -> int:
+        """Move the budget of an adapter that has scores to what fills a file of the given size.
+
+        `MaskConfig(target_bytes=...)` knows before training what a mask without any order in it would take; what
+        training made is coded a few per cent shorter or longer. `MaskCallback` calls this at the end of training.
+
+        Args:
+            target_bytes: size of `adapter_model.safetensors` without a task head.
+            adapter_name: which adapter, by default the active one.
+
+        Returns:
+            The size reached.
+
+        Raises:
+            ValueError: if the size is out of reach, or the adapter has no budget or no scores.
+        """
+        name = adapter_name or self._only_active()
+        config: MaskConfig = self.peft_config[name]
+        self._check_has_budget(name)
+
+        def size(sparsity: float) -> int:
+            for _, layer in self._scored_layers(name):
+                layer.set_sparsity(name, sparsity)
+            return adapter_bytes(self.model, name)
+
+        before = config.target_sparsity
+        try:
+            sparsity = sparsity_for_bytes(size, target_bytes, _largest(config))
+        except ValueError:
+            size(cast(float, before))
+            raise
+        config.target_sparsity, config.target_bytes = sparsity, target_bytes
+        return size(sparsity)
+
+    def set_candidates(self, positions: Mapping[str, torch.Tensor], adapter_name: str | None = None) -> None:
+        """Give the scores of an adapter to other weights: chosen by data, by a rule of one's own, or again in training.
+
+        A weight that had a score keeps it, a new candidate starts at zero. Parameters stay the same tensors, so that an
+        optimizer goes on with them; what it remembers of each score (nothing, with `create_mask_optimizer`'s default)
+        it then takes for another's.
+
+        Args:
+            positions: for each masked module, by its name in the base model, which weights: integers, distinct, in
+                row-major order of the weight, as many as there are scores.
+            adapter_name: which adapter, by default the active one.
+
+        Raises:
+            ValueError: if the adapter has scores for all weights, or the positions are not such; nothing has changed.
+        """
+        name = adapter_name or self._only_active()
+        layers = dict(self._scored_layers(name))
+        if positions.keys() != layers.keys():
+            raise ValueError(
+                f"cannot set the candidates of '{name}': they are for other modules than it masks. "
+                f"Missing: {sorted(layers.keys() - positions.keys()) or 'none'}; "
+                f"not masked: {sorted(positions.keys() - layers.keys()) or 'none'}."
+            )
+        changes = {
+            module: layer.checked_candidates(name, positions[module], module) for module, layer in layers.items()
+        }
+        for module, layer in layers.items():
+            layer.set_candidates(name, changes[module])
+
+    def _only_active(self) -> str:
+        if len(self.active_adapters) != 1:
+            raise ValueError(f"name the adapter: {self.active_adapters} are active.")
+        return cast(str, self.active_adapters[0])
+
+    def _scored_layers(self, adapter_name: str, required: bool = True) -> Iterator[tuple[str, MaskLayer]]:
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, MaskLayer) and adapter_name in module.peft_mask_scores
+        ]
+        if required and not found:
+            raise ValueError(
+                f"the adapter '{adapter_name}' has no scores, only the mask they came to: load it with "
+                "is_trainable=True from a checkpoint that has them, or do this before saving."
+            )
+        return iter(found)
+
+    def _check_has_budget(self, adapter_name: str) -> None:
+        if self.peft_config[adapter_name].binarizer != "topk":
+            raise ValueError(
+                f"the adapter '{adapter_name}' has no budget: its binarizer is "
+                f'{self.peft_config[adapter_name].binarizer!r}. Train it with binarizer="topk".'
+            )
 
     # ---- merging ----
 
@@ -204,6 +334,11 @@ class MaskModel(BaseTuner):
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return state_from_records(model, config, adapter_name, state_dict)
+
+
+def _largest(config: MaskConfig) -> float:
+    """Return the largest sparsity that an adapter can have."""
+    return config.candidates if isinstance(config.candidates, float) else 1.0
 
 
 def _mask_layers(model: nn.Module) -> Iterator[MaskLayer]:

@@ -52,6 +52,15 @@ class Record:
     codec: int
 
 
+def frame_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a record beside its payload: header, shape, count, fingerprint and checksum.
+
+    >>> frame_bytes((384, 384))
+    60
+    """
+    return 52 + 4 * len(shape)
+
+
 def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint) -> Tensor:
     """Write a mask as a record, with packed bits or coded gaps, whichever is shorter.
 

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from peft_mask.binarize import binarize_threshold
+from peft_mask.budget import file_bytes
+from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
-from peft_mask.fingerprint import fingerprint_of
+from peft_mask.fingerprint import UNKNOWN, fingerprint_of
 from peft_mask.layer import MaskLayer, onloaded
-from peft_mask.packing import count_zeros, pack_bits, unpack_bits
+from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.record import read_record, write_record
 
 _PEFT_PREFIX = "base_model.model."
 _FSDP_PREFIX = "_fsdp_wrapped_module."
-_BITS, _SCORES = ".peft_mask_bits", ".peft_mask_scores"
+_BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
 
 
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
@@ -59,7 +60,8 @@ def records_of_adapter(
         state_dict: state dict of `model`; scores and bits are read from it, not from layers that may be sharded.
 
     Returns:
-        `<path>.peft_mask_bits.<adapter>` -> uint8 record, and the scores themselves if `keep_scores` asked for them.
+        `<path>.peft_mask_bits.<adapter>` -> uint8 record, and the scores themselves with their positions if
+        `keep_scores` asked for them.
 
     Raises:
         ValueError: if scores contain NaN.
@@ -76,7 +78,7 @@ def records_of_adapter(
                 f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
-        bits = state_dict[bits_key] if scores is None else pack_bits(binarize_threshold(scores))
+        bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
         with onloaded(layer):
             weight = layer.unmerged_weight()
             tensors[bits_key] = write_record(bits, weight.shape, fingerprint_of(weight))
@@ -84,9 +86,23 @@ def records_of_adapter(
             dead.append(_module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
+            if (positions := layer.positions(adapter_name)) is not None:
+                tensors[f"{path}{_POSITIONS}.{adapter_name}"] = positions
     if dead:
         warnings.warn(f"every weight of {dead} is switched off, which kills these layers.", stacklevel=2)
     return tensors
+
+
+def adapter_bytes(model: nn.Module, adapter_name: str) -> int:
+    """Return the size of `adapter_model.safetensors` with the masks of an adapter and no task head."""
+    return file_bytes(
+        {
+            _module_name(path): len(
+                write_record(layer.packed_mask(adapter_name), layer.unmerged_weight().shape, UNKNOWN)
+            )
+            for path, layer in layers_of_adapter(model, adapter_name).items()
+        }
+    )
 
 
 def state_from_records(
@@ -106,7 +122,7 @@ def state_from_records(
     """
     layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
     records = _named(state_dict, _BITS)
-    scores = _named(state_dict, _SCORES)
+    scores, candidates = _named(state_dict, _SCORES), _named(state_dict, _POSITIONS)
     if records.keys() != layers.keys():
         raise ValueError(
             f"cannot load the adapter '{adapter_name}': its file and the model do not mask the same layers.\n"
@@ -114,7 +130,7 @@ def state_from_records(
             f"  masked in the file, not in the model: {sorted(records.keys() - layers.keys()) or 'none'}\n"
             "Is it an adapter of peft_mask, whole, and for this base model?"
         )
-    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, _SCORES))}
+    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, _SCORES, _POSITIONS))}
     rebuilt = False
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():
@@ -122,13 +138,24 @@ def state_from_records(
         if adapter_name in layer.peft_mask_bits:
             loaded[f"{path}{_BITS}.{adapter_name}"] = bits
             continue
-        parameter = layer.peft_mask_scores[adapter_name]
+        parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
         if name in scores:
-            value = _checked_scores(name, scores[name], parameter, bits)
+            if positions is not None:
+                positions = _checked_positions(name, candidates.get(name), layer.unmerged_weight(), parameter)
+            value = scores[name]
+            if value.shape != parameter.shape or not torch.equal(
+                layer.bits_of_scores(adapter_name, value, positions), bits
+            ):
+                raise ValueError(
+                    f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "
+                    "is damaged, or its adapter_config.json was changed."
+                )
         else:
-            value = torch.where(unpack_bits(bits, parameter.shape), config.init_margin, -config.init_margin)
+            value, positions = _rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
             rebuilt = True
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
+        if positions is not None:
+            loaded[f"{path}{_POSITIONS}.{adapter_name}"] = positions
     if rebuilt:
         warnings.warn(
             f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
@@ -166,10 +193,39 @@ def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskC
     return record.bits
 
 
-def _checked_scores(name: str, scores: torch.Tensor, parameter: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    if scores.shape != parameter.shape or not torch.equal(pack_bits(binarize_threshold(scores)), bits):
+def _rebuilt_scores(
+    name: str, layer: MaskLayer, bits: torch.Tensor, config: MaskConfig, sparse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores that come to the mask `bits`, and their positions if there are to be candidates."""
+    weight, positions = layer.unmerged_weight(), None
+    mask = unpack_bits(bits, weight.shape)
+    if sparse:
+        off = (~mask).reshape(-1).nonzero().squeeze(1)
+        try:
+            positions = choose_candidates(weight, config, name, include=off)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot train the mask of '{name}' on: {error}. Set candidates to a larger fraction in the adapter's "
+                "adapter_config.json, or to null."
+            ) from error
+        assert positions is not None
+        mask = mask.reshape(-1)[positions.to(mask.device).long()]
+    return torch.where(mask, config.init_margin, -config.init_margin), positions
+
+
+def _checked_positions(
+    name: str, positions: torch.Tensor | None, weight: torch.Tensor, parameter: torch.Tensor
+) -> torch.Tensor:
+    if (
+        positions is None
+        or positions.dtype not in (torch.int32, torch.int64)
+        or positions.shape != parameter.shape
+        or not ((positions >= 0) & (positions < weight.numel())).all()
+        or not (positions.diff() > 0).all()
+    ):
         raise ValueError(
-            f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint is "
-            "damaged."
+            f"cannot load the scores of '{name}': which weights they belong to is missing or malformed "
+            f"(expected {parameter.numel()} ascending positions below {weight.numel()}). The checkpoint is damaged, or "
+            "its adapter_config.json was changed."
         )
-    return scores
+    return positions

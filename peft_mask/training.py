@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_mask.binarize import binarize_threshold
+from peft_mask.candidates import by_preference
 from peft_mask.layer import MaskLayer
-from peft_mask.packing import count_zeros, entropy_bits, pack_bits
+from peft_mask.model import MaskModel
+from peft_mask.optim import SignAdamW
+from peft_mask.packing import count_zeros, entropy_bits
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -21,7 +23,7 @@ MASK_LR = 5e-4
 
 def create_mask_optimizer(
     model: nn.Module,
-    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    optimizer_cls: type[torch.optim.Optimizer] = SignAdamW,
     *,
     lr: float = HEAD_LR,
     mask_lr: float = MASK_LR,
@@ -30,12 +32,13 @@ def create_mask_optimizer(
 ) -> torch.optim.Optimizer:
     """Create an optimizer with a learning rate of its own for the scores.
 
-    Weight decay never touches scores (it would pull kept weights toward the threshold), nor vectors such as biases and
-    norms.
+    By default the scores of adapters with a budget (`binarizer="topk"`) take sign steps, which keep no state; for them
+    any `mask_lr` does the same. All else is trained with AdamW, and so are scores with `binarizer="threshold"`, for
+    which `mask_lr` decides how many weights go. Weight decay never touches scores, nor vectors such as biases or norms.
 
     Args:
         model: a model with masks to train.
-        optimizer_cls: optimizer class.
+        optimizer_cls: optimizer class; with another than `SignAdamW` the scores are trained by it, too.
         lr: learning rate of everything trained that is not a score, such as the task head.
         mask_lr: learning rate of the scores.
         weight_decay: weight decay of matrices that are not scores.
@@ -55,28 +58,38 @@ def create_mask_optimizer(
         >>> [group["lr"] for group in create_mask_optimizer(model, mask_lr=0.01).param_groups]
         [0.01]
     """
-    scores = [parameter for _, parameter in _trained_scores(model)]
-    if not scores:
+    trained = list(_trained_scores(model))
+    if not trained:
         raise ValueError(
             "the model has no mask scores to train: wrap it with get_peft_model(model, MaskConfig(...)), or load the "
             "adapter with is_trainable=True."
         )
+    scores = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained]
+    ranked = {id(layer.peft_mask_scores[adapter]) for _, layer, adapter in trained if layer.has_budget(adapter)}
     known = {id(parameter) for parameter in scores}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    ranked_group: dict[str, Any] = {
+        "params": [p for p in scores if id(p) in ranked],
+        "lr": mask_lr,
+        "weight_decay": 0.0,
+    }
+    if issubclass(optimizer_cls, SignAdamW):
+        ranked_group["sign"] = True
     groups = [
-        {"params": scores, "lr": mask_lr, "weight_decay": 0.0},
+        ranked_group,
+        {"params": [p for p in scores if id(p) not in ranked], "lr": mask_lr, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
     ]
     return optimizer_cls([group for group in groups if group["params"]], **kwargs)
 
 
-def _trained_scores(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
     for name, module in model.named_modules():
         if isinstance(module, MaskLayer):
             for adapter_name, parameter in module.peft_mask_scores.items():
                 if parameter.requires_grad:
-                    yield f"{name}.{adapter_name}", parameter
+                    yield f"{name}.{adapter_name}", module, adapter_name
 
 
 class MaskStatistics:
@@ -87,7 +100,7 @@ class MaskStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._start = {name: _packed(scores) for name, scores in _trained_scores(model)}
+        self._start = {name: layer.packed_mask(adapter) for name, layer, adapter in _trained_scores(model)}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the figures of `model` now, over all masks in training.
@@ -99,12 +112,12 @@ class MaskStatistics:
         """
         weights = zeros = flips = 0
         bits = 0.0
-        for name, scores in _trained_scores(model):
-            packed = _packed(scores)
-            off = count_zeros(packed, scores.shape)
-            weights += scores.numel()
+        for name, layer, adapter in _trained_scores(model):
+            packed, shape = layer.packed_mask(adapter), layer.unmerged_weight().shape
+            size, off = shape.numel(), count_zeros(packed, shape)
+            weights += size
             zeros += off
-            bits += entropy_bits(off, scores.numel())
+            bits += entropy_bits(off, size)
             if name in self._start:
                 flips += packed.numel() * 8 - count_zeros(packed ^ self._start[name], (packed.numel() * 8,))
         if not weights:
@@ -112,10 +125,78 @@ class MaskStatistics:
         return {"sparsity": zeros / weights, "flip_ratio": flips / weights, "bits_per_weight": bits / weights}
 
 
+def saliency_candidates(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], torch.Tensor],
+    adapter_name: str = "default",
+) -> dict[str, torch.Tensor]:
+    """Find the weights whose removal a few batches speak for or against most: `|sum over batches of dL/dmask|`.
+
+    `dL/dmask = dL/d(W * M) * W`, the first-order change of the loss if the weight goes. The sum takes as much memory as
+    the masked weights, for as long as this function runs.
+
+    Args:
+        model: a PEFT model with masks to train.
+        batches: what `loss` takes, a few of them.
+        loss: computes the loss of `model` on a batch.
+        adapter_name: the adapter whose candidates they are to be.
+
+    Returns:
+        For each masked module the positions of as many weights as the adapter has scores, ascending: what
+        `model.base_model.set_candidates` takes. The model is as it was before.
+
+    Raises:
+        ValueError: if the adapter has no scores, or scores of all weights.
+
+    Source: SNIP (Lee et al. 2019) and movement pruning (Sanh et al. 2020) rank weights by this.
+    """
+    layers = {
+        name: module
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, MaskLayer) and module.positions(adapter_name) is not None
+    }
+    if not layers:
+        raise ValueError(f"the adapter '{adapter_name}' has no candidates to choose: set candidates in MaskConfig.")
+    trained = {p: p.requires_grad for p in model.parameters()}
+    sums = {name: torch.zeros_like(layer.unmerged_weight(), dtype=torch.float32) for name, layer in layers.items()}
+    try:
+        model.requires_grad_(False)
+        for layer in layers.values():
+            layer.get_base_layer().weight.requires_grad_(True)
+        for batch in batches:
+            weights = [layer.get_base_layer().weight for layer in layers.values()]
+            gradients = torch.autograd.grad(loss(batch), weights, allow_unused=True)
+            for total, weight, gradient in zip(sums.values(), weights, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.float() * weight.detach()
+    finally:
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+    return {
+        name: by_preference(total.abs().view(-1), len(cast(Tensor, layers[name].positions(adapter_name))))
+        for name, total in sums.items()
+    }
+
+
+def fill_budget(model: nn.Module) -> None:
+    """Bring adapters in training that were given `target_bytes` to that size, as their masks are coded.
+
+    `MaskCallback` calls this at the end of training; a custom loop calls it before saving.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, MaskModel):
+        return
+    for adapter_name in {adapter for _, _, adapter in _trained_scores(model)}:
+        if (target_bytes := tuner.peft_config[adapter_name].target_bytes) is not None:
+            tuner.set_target_bytes(target_bytes, adapter_name)
+
+
 class MaskCallback(TrainerCallback):
     """Logs the masks' figures beside the loss, and keeps the scores in checkpoints so that training can be resumed.
 
-    A thin door: `MaskStatistics` counts and `keep_scores` decides what is saved; custom loops call these. With it,
+    A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `fill_budget` brings a file to the bytes
+    it was promised; custom loops call these. With it,
     `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores. The adapter saved after training
     holds masks only.
 
@@ -144,7 +225,4 @@ class MaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         keep_scores(kwargs["model"], enabled=False)
-
-
-def _packed(scores: torch.Tensor) -> torch.Tensor:
-    return pack_bits(binarize_threshold(scores.detach()))
+        fill_budget(kwargs["model"])

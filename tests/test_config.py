@@ -6,6 +6,8 @@ from peft import PeftConfig
 import peft_mask
 from peft_mask import MaskConfig
 
+PAPER = {"binarizer": "threshold", "init_weights": "uniform", "init_sparsity": 0.05}
+
 
 @pytest.mark.parametrize(
     ("fields", "message"),
@@ -13,11 +15,21 @@ from peft_mask import MaskConfig
         ({"threshold": float("nan")}, "threshold must be a finite number, got nan"),
         ({"threshold": "0.1"}, "threshold must be a finite number, got '0.1'"),
         ({"init_margin": 0.0}, "init_margin must be a finite number greater than 0, got 0.0"),
-        ({"init_sparsity": 0.0, "init_weights": "uniform"}, "init_sparsity must be .* greater than 0 and less than 1"),
-        ({"init_sparsity": 1.5, "init_weights": "uniform"}, "init_sparsity must be .* less than 1, got 1.5"),
-        ({"init_sparsity": 0.05}, "init_sparsity=0.05 has no meaning with init_weights=True"),
+        ({**PAPER, "init_sparsity": 0.0}, "init_sparsity must be .* greater than 0 and less than 1"),
+        ({**PAPER, "init_sparsity": 1.5}, "init_sparsity must be .* less than 1, got 1.5"),
+        ({**PAPER, "init_weights": True}, "init_sparsity=0.05 has no meaning with init_weights=True"),
+        ({"init_sparsity": 0.05}, "init_sparsity=0.05 has no meaning with binarizer=.topk.* MaskConfig.paper"),
+        ({"init_weights": "uniform"}, "init_weights='uniform' has no meaning with binarizer=.topk"),
+        ({**PAPER, "target_sparsity": 0.01}, "target_sparsity=0.01 needs binarizer=.topk"),
+        ({**PAPER, "target_bytes": 1000}, "target_bytes=1000 needs binarizer=.topk"),
+        ({"target_bytes": 1e5}, "target_bytes must be a positive integer, got 100000.0"),
+        ({"target_sparsity": 1.0}, "target_sparsity must be .* greater than 0 and less than 1, got 1.0"),
+        ({"target_sparsity": 0.2}, "target_sparsity=0.2 cannot be reached with candidates=0.1"),
+        ({"candidates": 1.5}, "candidates must be a finite number greater than 0 and at most 1, got 1.5"),
+        ({"candidate_rule": "largest"}, r"candidate_rule must be one of \['magnitude', 'random'\]"),
+        ({"scores_dtype": "int8"}, r"scores_dtype must be one of \['float32', 'bfloat16'\]"),
         ({"structure": "rows"}, r"structure must be one of \['weight'\], got 'rows'"),
-        ({"binarizer": "treshold"}, r"binarizer must be one of \['threshold'\], got 'treshold'"),
+        ({"binarizer": "treshold"}, r"binarizer must be one of \['topk', 'threshold'\], got 'treshold'"),
         ({"init_weights": "unifrom"}, r"init_weights must be one of \['uniform'\], True or False, got 'unifrom'"),
         ({"init_weights": 1}, "init_weights must be one of"),
         ({"seed": -1}, "seed must be a non-negative integer or None, got -1"),
@@ -38,7 +50,7 @@ def test_lists_of_modules_become_sets_as_in_lora():
 
 
 def test_a_saved_config_is_found_by_its_type(tmp_path):
-    config = MaskConfig(target_modules=["q"], init_weights="uniform", init_sparsity=0.1, threshold=0.01, seed=3)
+    config = MaskConfig.paper(target_modules=["q"], init_sparsity=0.1, seed=3)
     config.save_pretrained(str(tmp_path))
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert type(loaded) is MaskConfig

@@ -161,7 +161,9 @@ def _denormals():
 
 def test_demo_trains_reports_and_serves(tiny_bert, few_sentences, tmp_path, capsys, monkeypatch):
     # Two steps switch nothing off. With masks that start at random the comparisons are of something.
-    monkeypatch.setattr(methods, "MaskConfig", partial(MaskConfig, init_weights=False, init_sparsity=0.1))
+    monkeypatch.setattr(
+        methods, "MaskConfig", partial(MaskConfig, init_weights=False, target_sparsity=0.1, candidates=None)
+    )
     assert demo.main(["--model", tiny_bert, "--steps", "2", "--threads", "1", "--output", str(tmp_path)]) == 0
 
     output = capsys.readouterr().out

@@ -30,7 +30,8 @@ def mlp(seed=0, width=20, dtype=torch.float32):
 
 def masked(base, **fields):
     torch.manual_seed(1)
-    return get_peft_model(base, MaskConfig(target_modules=["0", "2"], init_weights=False, **fields)).eval()
+    fields = {"target_modules": ["0", "2"], "binarizer": "threshold", "init_weights": False} | fields
+    return get_peft_model(base, MaskConfig(**fields)).eval()
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_a_matrix_switched_off_whole_is_warned_of(tmp_path):
 
 
 def test_a_model_with_injected_adapters_round_trips_by_state_dict():
-    config = MaskConfig(target_modules=["0", "2"], init_weights=False)
+    config = MaskConfig(target_modules=["0", "2"], init_weights=False, target_sparsity=0.1)
     model = inject_adapter_in_model(config, mlp())
     state = get_peft_model_state_dict(model)
     assert set(state) == {"0.peft_mask_bits", "2.peft_mask_bits"}

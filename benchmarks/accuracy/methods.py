@@ -8,6 +8,7 @@ is the habit, full fine-tuning at the small rates it likes leaves the head untra
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -33,16 +34,19 @@ def adamw(model: nn.Module, lr: float) -> Optimizer:
 
 
 def mask_adamw(model: nn.Module, lr: float) -> Optimizer:
-    """The same with the scores at `lr`."""
-    return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr, weight_decay=0.0, fused=True)
+    """What `create_mask_optimizer` makes by default, with the head at `HEAD_LR`."""
+    return create_mask_optimizer(model, lr=HEAD_LR, mask_lr=lr)
 
 
 def full(model: nn.Module, task_type: str) -> nn.Module:
     return model
 
 
-def mask(model: nn.Module, task_type: str) -> nn.Module:
-    return get_peft_model(model, MaskConfig(task_type=task_type))
+def mask(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
+    def build(model: nn.Module, task_type: str) -> nn.Module:
+        return get_peft_model(model, MaskConfig(task_type=task_type, **fields))
+
+    return build
 
 
 def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
@@ -59,7 +63,14 @@ def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
 METHODS: dict[str, Method | Probe] = {
     method.name: method
     for method in (
-        Method("mask", f"MaskConfig(); {HEAD_NOTE}", mask, mask_adamw, (3e-4, 5e-4, 8e-4)),
+        # one rate, any rate: with a budget only the order of the scores matters
+        Method("mask", f"MaskConfig(), sign steps; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
+        Method(
+            "mask-0.0017", f"target_sparsity=0.0017; {HEAD_NOTE}", mask(target_sparsity=0.0017), mask_adamw, (5e-4,)
+        ),
+        Method(
+            "mask-0.0007", f"target_sparsity=0.0007; {HEAD_NOTE}", mask(target_sparsity=0.0007), mask_adamw, (5e-4,)
+        ),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         Method("lora-r8", f"all-linear, alpha 16, dropout 0; {HEAD_NOTE}", lora(8), adamw, (1e-3, 3e-3, 1e-2)),
         Method("lora-r1", f"all-linear, alpha 2, dropout 0; {HEAD_NOTE}", lora(1), adamw, (1e-3, 3e-3, 1e-2)),

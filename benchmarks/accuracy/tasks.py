@@ -44,6 +44,8 @@ TASKS = {
         Task("trec", "SEQ_CLS", steps=150),
         Task("sst2", "SEQ_CLS", steps=150),
         Task("ud_ewt_pos", "TOKEN_CLS", steps=100),
+        Task("ag_news", "SEQ_CLS", steps=100),
+        Task("clinc150", "SEQ_CLS", steps=200),
     )
 }
 
