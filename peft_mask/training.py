@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -189,7 +190,11 @@ def fill_budget(model: nn.Module) -> None:
         return
     for adapter_name in {adapter for _, _, adapter in _trained_scores(model)}:
         if (target_bytes := tuner.peft_config[adapter_name].target_bytes) is not None:
-            tuner.set_target_bytes(target_bytes, adapter_name)
+            try:
+                tuner.set_target_bytes(target_bytes, adapter_name)
+            except ValueError as error:  # a training is not lost for it
+                sparsity = tuner.peft_config[adapter_name].target_sparsity
+                warnings.warn(f"the adapter '{adapter_name}' keeps its sparsity of {sparsity:g}: {error}", stacklevel=2)
 
 
 class MaskCallback(TrainerCallback):

@@ -306,5 +306,7 @@ def test_a_mask_of_more_zeros_than_candidates_cannot_be_trained_on(tmp_path):
     config = model.peft_config["default"]
     config.candidates, config.target_sparsity = 0.1, 0.05
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot train the mask of '0' on: it switches off 48 weights, but only 24"):
+    with pytest.raises(
+        ValueError, match=r"cannot train the mask of '0' on: it switches off [0-9]+ weights, but only 24"
+    ):
         PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
