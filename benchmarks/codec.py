@@ -26,7 +26,9 @@ FILE = "adapter_model.safetensors"
 
 def random_masks(sparsity: float) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = get_peft_model(base_model(), MaskConfig(binarizer="threshold", init_weights=False, init_sparsity=sparsity))
+    model = get_peft_model(
+        base_model(), MaskConfig(binarizer="threshold", candidates=None, init_weights=False, init_sparsity=sparsity)
+    )
     return {name: m.mask("default") for name, m in model.named_modules() if isinstance(m, MaskLayer)}
 
 
@@ -65,7 +67,9 @@ def load_rows(rounds: int) -> tuple[list[tuple[str, ...]], dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         folders, models = {}, {}
         for name, config in {
-            "mask, 1 % zeros": MaskConfig(binarizer="threshold", init_weights=False, init_sparsity=0.01, seed=0),
+            "mask, 1 % zeros": MaskConfig(
+                binarizer="threshold", candidates=None, init_weights=False, init_sparsity=0.01, seed=0
+            ),
             "LoRA r=8": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False),
         }.items():
             folders[name] = str(Path(folder) / name[:4])

@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step: mask, full fine-tuning, LoRA r=8, and masking as the official code does it.
+"""Time and peak memory of a training step: masks, full fine-tuning, LoRA r=8, and masking as the official code does it.
 
 python -m benchmarks.step [--rounds 15]
 """
@@ -6,6 +6,7 @@ python -m benchmarks.step [--rounds 15]
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from benchmarks.harness import in_turn, peak_bytes, report, table
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, create_mask_optimizer, training_memory
 
 # name -> (shape of the model, rows and word pieces of a batch)
-MODELS: dict[str, tuple[dict[str, int], tuple[int, int]]] = {
+MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "MiniLM-L6": (
         {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
         (32, 32),
@@ -27,6 +28,19 @@ MODELS: dict[str, tuple[dict[str, int], tuple[int, int]]] = {
     "BERT-base": (
         {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
         (32, 32),
+    ),
+    # as SmolLM2-135M, with a third of its layers
+    "small Llama": (
+        {
+            "hidden_size": 576,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 32000,
+            "pad_token_id": 0,
+        },
+        (8, 128),
     ),
 }
 
@@ -55,37 +69,49 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def base_model(shape: dict[str, int]) -> nn.Module:
+def base_model(shape: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
+    if "num_key_value_heads" in shape:
+        return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=6))
     return BertForSequenceClassification(BertConfig(**shape, num_labels=6))
 
 
-def mask(shape: dict[str, int]) -> nn.Module:
-    return get_peft_model(base_model(shape), MaskConfig(task_type="SEQ_CLS"))
+MASKS = {
+    "mask": MaskConfig(task_type="SEQ_CLS"),
+    "mask, scores in bfloat16": MaskConfig(task_type="SEQ_CLS", scores_dtype="bfloat16"),
+    "mask, all weights, bfloat16": MaskConfig(task_type="SEQ_CLS", candidates=None, scores_dtype="bfloat16"),
+    "mask, all weights, threshold, AdamW": MaskConfig(task_type="SEQ_CLS", binarizer="threshold", candidates=None),
+}
 
 
-def full(shape: dict[str, int]) -> nn.Module:
+def mask(name: str) -> Callable[[dict[str, Any]], nn.Module]:
+    return lambda shape: get_peft_model(base_model(shape), copy.deepcopy(MASKS[name]))
+
+
+def full(shape: dict[str, Any]) -> nn.Module:
     return base_model(shape)
 
 
-def lora(shape: dict[str, int]) -> nn.Module:
+def lora(shape: dict[str, Any]) -> nn.Module:
     config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
     return get_peft_model(base_model(shape), config)
 
 
-def official(shape: dict[str, int]) -> nn.Module:
+def official(shape: dict[str, Any]) -> nn.Module:
     model = base_model(shape).requires_grad_(False)
-    for name, module in list(model.bert.named_modules()):
+    for name, module in list(model.base_model.named_modules()):
         if isinstance(module, nn.Linear):
-            model.bert.set_submodule(name, OfficialLinear(module))
-    model.classifier.requires_grad_()
+            model.base_model.set_submodule(name, OfficialLinear(module))
+    for name, module in model.named_children():
+        if name != model.base_model_prefix:
+            module.requires_grad_()
     return model
 
 
-Build = Callable[[dict[str, int]], nn.Module]
+Build = Callable[[dict[str, Any]], nn.Module]
 VARIANTS: dict[str, Build] = {
     "full fine-tuning": full,
-    "mask": mask,
+    **{name: mask(name) for name in MASKS},
     "LoRA r=8": lora,
     "official masking": official,
 }
@@ -108,11 +134,11 @@ def make_step(model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     if any("peft_mask_scores" in name for name, _ in model.named_parameters()):
-        return create_mask_optimizer(model, fused=True)
+        return create_mask_optimizer(model)
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def peak_of_training(build: Build, shape: dict[str, int], batch: tuple[int, int]) -> int:
+def peak_of_training(build: Build, shape: dict[str, Any], batch: tuple[int, int]) -> int:
     """Peak bytes of tensors from making the model to the end of its second step."""
 
     def run() -> None:
@@ -121,6 +147,22 @@ def peak_of_training(build: Build, shape: dict[str, int], batch: tuple[int, int]
         step()
 
     return peak_bytes(run)
+
+
+def estimated_bytes(shape: dict[str, Any], batch: tuple[int, int], variant: str) -> int | None:
+    """What `training_memory` says of a mask before there is a model."""
+    if variant not in MASKS:
+        return None
+    with torch.device("meta"):
+        model = base_model(shape).train()
+        inputs = {"input_ids": torch.zeros(batch, dtype=torch.long), "labels": torch.zeros(batch[0], dtype=torch.long)}
+    config = MASKS[variant]
+    optimizer = "sign" if config.binarizer == "topk" else "adamw"
+    return training_memory(model, config, inputs, optimizer).total
+
+
+def _in_mb(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"
 
 
 def main() -> None:
@@ -139,11 +181,23 @@ def main() -> None:
             peak = peak_of_training(build, shape, batch)
             figures[f"{name}/{variant}"] = {"seconds": times[variant].seconds, "peak_bytes": peak}
             spread = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
-            rows.append((name, variant, f"{times[variant].median * 1e3:.0f}", spread, f"{peak / 1e6:.0f}"))
-    header = ("model", "variant", "ms a step (median)", "x full fine-tuning (min-max)", "peak memory, MB")
+            estimate = estimated_bytes(shape, batch, variant)
+            figures[f"{name}/{variant}"]["estimated_bytes"] = estimate
+            rows.append(
+                (name, variant, f"{times[variant].median * 1e3:.0f}", spread, f"{peak / 1e6:.0f}", _in_mb(estimate))
+            )
+    header = (
+        "model",
+        "variant",
+        "ms a step (median)",
+        "x full fine-tuning (min-max)",
+        "peak memory, MB",
+        "`training_memory` says",
+    )
     body = (
-        f"{args.rounds} rounds, variants in turn. A step is forward, backward and AdamW (fused) on 32 rows of 32 word "
-        "pieces in float32, dropout 0.1; ratios are round by round. Memory: the most that tensors held at one time "
+        f"{args.rounds} rounds, variants in turn. A step is forward, backward and the optimizer (AdamW, for "
+        "all but masks fused) on 32 rows of 32 word pieces, of the Llama 8 rows of 128, in float32, dropout as it "
+        "comes; ratios are round by round. Memory: the most that tensors held at one time "
         "from making the model to the end of the second step.\n\n" + table(header, rows)
     )
     report("step", "A training step: time and memory", body, figures)

@@ -33,7 +33,7 @@ def served_masks(sparsity: float, folder: Path) -> PeftModel:
     """One base with two random masks loaded for inference."""
     for name in ("a", "b"):
         torch.manual_seed(ord(name))
-        config = MaskConfig(binarizer="threshold", init_weights=False, init_sparsity=sparsity)
+        config = MaskConfig(binarizer="threshold", candidates=None, init_weights=False, init_sparsity=sparsity)
         get_peft_model(base_model(), config).save_pretrained(str(folder / name))
     model = PeftModel.from_pretrained(base_model(), str(folder / "a"), adapter_name="a")
     model.load_adapter(str(folder / "b"), "b")

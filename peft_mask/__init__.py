@@ -12,6 +12,7 @@ from peft.mapping import (
 
 from peft_mask.config import MaskConfig, MaskType
 from peft_mask.masks import Masks
+from peft_mask.memory import TrainingMemory, training_memory
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
 from peft_mask.state import keep_scores
@@ -32,10 +33,12 @@ __all__ = [
     "MaskStatistics",
     "Masks",
     "SignAdamW",
+    "TrainingMemory",
     "create_mask_optimizer",
     "fill_budget",
     "keep_scores",
     "saliency_candidates",
+    "training_memory",
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig

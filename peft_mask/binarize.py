@@ -71,4 +71,5 @@ def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.
         return torch.zeros_like(values, dtype=torch.bool)
     limit = flat.topk(count, largest=False, sorted=False).values.nan_to_num(torch.inf).amax().clamp(max=below)
     under, at = flat < limit, flat == limit
-    return (under | (at & (at.cumsum(0) <= count - under.sum()))).view(values.shape)
+    counter = torch.int32 if flat.numel() <= torch.iinfo(torch.int32).max else torch.int64
+    return (under | (at & (at.cumsum(0, dtype=counter) <= count - under.sum()))).view(values.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from peft_mask.packing import entropy_bits
 from peft_mask.record import frame_bytes
@@ -25,9 +26,10 @@ def file_bytes(records: Mapping[str, int]) -> int:
     >>> file_bytes({"layer": 80})
     264
     """
-    header, start = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name, size in records.items():
-        header[f"base_model.model.{name}.peft_mask_bits"] = {  # type: ignore[assignment]
+        header[f"base_model.model.{name}.peft_mask_bits"] = {
             "dtype": "U8",
             "shape": [size],
             "data_offsets": [start, start + size],

@@ -48,7 +48,7 @@ def choose_candidates(
     if config.candidate_rule == "random":
         preference = torch.rand(weight.numel(), generator=seeded(config, f"candidates/{name}")).to(weight.device)
     else:
-        preference = weight.detach().reshape(-1).abs().nan_to_num(0.0)
+        preference = weight.detach().reshape(-1).abs().nan_to_num_(0.0)
     return by_preference(preference, count, include)
 
 
@@ -58,7 +58,7 @@ def by_preference(preference: torch.Tensor, count: int, include: torch.Tensor | 
         if len(include) > count:
             raise ValueError(f"it switches off {len(include)} weights, but only {count} are candidates")
         preference = preference.clone().index_fill_(0, include.to(preference.device), torch.inf)
-    return compact(lowest(-preference, count).nonzero().squeeze(1), preference.numel())
+    return compact(lowest(preference.neg(), count).nonzero().squeeze(1), preference.numel())
 
 
 def compact(positions: torch.Tensor, numel: int) -> torch.Tensor:

@@ -24,7 +24,6 @@ InitWeights = Literal["uniform"]
 
 
 DEFAULT_SPARSITY = 0.005
-DEFAULT_CANDIDATES = 0.1
 
 
 @dataclass
@@ -51,8 +50,7 @@ class MaskConfig(PeftConfig):
         target_bytes: the size that `adapter_model.safetensors` is to have, without a task head; the sparsity is
             computed from it, and stands in `target_sparsity` once the model is wrapped.
         candidates: fraction of each matrix that has scores and may be switched off, or None: all of it. Scores, their
-            gradient and optimizer state exist for candidates only. By default 0.1 with `"topk"`, all with
-            `"threshold"`.
+            gradient and optimizer state exist for candidates only.
         candidate_rule: which weights are candidates: `"magnitude"`, the largest, or `"random"`. Others, chosen by data
             or by a rule of one's own, are set with `MaskModel.set_candidates`.
         init_weights: starting scores. `True`: every weight kept; with `"threshold"`, large ones closer to it.
@@ -95,9 +93,7 @@ class MaskConfig(PeftConfig):
     binarizer: Binarizer = field(default="topk", metadata={"help": "How scores become a mask."})
     target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off, for topk."})
     target_bytes: int | None = field(default=None, metadata={"help": "Size of the file, in place of a sparsity."})
-    candidates: float | Literal["default"] | None = field(
-        default="default", metadata={"help": "Fraction of weights with scores; None: all."}
-    )
+    candidates: float | None = field(default=0.1, metadata={"help": "Fraction of weights with scores; None: all."})
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
@@ -112,7 +108,8 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        self._fill_in()
+        if self.binarizer == "topk" and self.target_sparsity is None and self.target_bytes is None:
+            self.target_sparsity = DEFAULT_SPARSITY
         self._validate()
 
     @classmethod
@@ -130,16 +127,14 @@ class MaskConfig(PeftConfig):
         >>> MaskConfig.paper(task_type="SEQ_CLS").init_sparsity
         0.05
         """
-        return cls(
-            **{"binarizer": "threshold", "init_weights": "uniform", "init_sparsity": 0.05, "threshold": 0.01} | fields
-        )
-
-    def _fill_in(self) -> None:
-        """Put what depends on another field in the place of defaults that say so."""
-        if self.candidates == "default":
-            self.candidates = DEFAULT_CANDIDATES if self.binarizer == "topk" else None
-        if self.binarizer == "topk" and self.target_sparsity is None and self.target_bytes is None:
-            self.target_sparsity = DEFAULT_SPARSITY
+        preset: dict[str, Any] = {
+            "binarizer": "threshold",
+            "candidates": None,
+            "init_weights": "uniform",
+            "init_sparsity": 0.05,
+            "threshold": 0.01,
+        }
+        return cls(**(preset | fields))
 
     def _validate(self) -> None:
         _check_choice("binarizer", self.binarizer, get_args(Binarizer))

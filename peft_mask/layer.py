@@ -16,6 +16,7 @@ from peft_mask.binarize import binarize_threshold, binarize_topk
 from peft_mask.budget import budget_zeros
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
+from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.functional import apply_mask, masked_linear, masked_weight
 from peft_mask.init import initial_scores
 from peft_mask.packing import bits_from_positions, pack_bits, unpack_bits, zero_positions
@@ -44,12 +45,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
         self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
+        self._fingerprint = UNKNOWN
 
     # ---- adapters ----
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
         """Add an adapter: packed bits (all kept, to be loaded) in inference mode, else starting scores."""
         weight = self.unmerged_weight()
+        self._fingerprint = self.fingerprint()
         if config.inference_mode:
             self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(weight.shape, dtype=torch.bool, device="cpu"))
         else:
@@ -132,6 +135,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return pack_bits(kept)
         off = positions.to(kept.device)[~kept].long()
         return bits_from_positions(off, self._weight().shape, kept=False)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
+        weight = self.unmerged_weight()
+        if weight.is_meta or type(weight) not in (torch.Tensor, nn.Parameter) or weight.shape.numel() == 0:
+            return self._fingerprint
+        return fingerprint_of(weight)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
@@ -249,13 +259,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 weight = apply_mask(weight, self.mask(adapter_name))
         return weight, trained
 
-    def _score_arguments(self, adapter_name: str) -> dict[str, torch.Tensor | None]:
-        """Return what the functions on tensors want to know of a trained adapter."""
+    def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
         # the threshold of a score a weight is what these functions have a fast path for
         plain = positions is None and adapter_name not in self._zeros
         mask = None if plain else self.binarize(adapter_name, scores.detach())
-        return {"scores": scores, "mask": mask, "positions": positions}
+        return scores, mask, positions
 
     def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError
@@ -288,10 +298,11 @@ class Linear(MaskLayer):
         weight, trained = self._masks_in_force()
         bias = cast("torch.Tensor | None", self.get_base_layer().bias)
         for adapter_name in trained[1:]:
-            weight = masked_weight(weight, **self._score_arguments(adapter_name))
+            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
         if not trained:
             return F.linear(x, weight.t() if self._transposed else weight, bias)
-        return masked_linear(x, weight, bias=bias, transposed=self._transposed, **self._score_arguments(trained[0]))
+        scores, mask, positions = self._scores_in_force(trained[0])
+        return masked_linear(x, weight, scores, bias, mask, positions, transposed=self._transposed)
 
     def __repr__(self) -> str:
         return "peft_mask." + super().__repr__()

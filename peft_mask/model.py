@@ -210,7 +210,7 @@ class MaskModel(BaseTuner):
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:
             raise ValueError(f"name the adapter: {self.active_adapters} are active.")
-        return cast(str, self.active_adapters[0])
+        return self.active_adapters[0]
 
     def _scored_layers(self, adapter_name: str, required: bool = True) -> Iterator[tuple[str, MaskLayer]]:
         found = [
@@ -379,6 +379,19 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def masked_modules(model: nn.Module, config: MaskConfig) -> dict[str, nn.Module]:
+    """Return the modules of a base model, without adapters yet, that a configuration would mask, by name."""
+    config = copy.copy(config)
+    if config.target_modules is None:
+        config.target_modules = default_target_modules(model, config)
+    _maybe_include_all_linear_layers(config, model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(config, name) and unsupported_reason(module) is None
+    }
 
 
 def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from peft_mask.budget import file_bytes
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
-from peft_mask.fingerprint import UNKNOWN, fingerprint_of
+from peft_mask.fingerprint import UNKNOWN
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.record import read_record, write_record
@@ -81,7 +81,7 @@ def records_of_adapter(
         bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
         with onloaded(layer):
             weight = layer.unmerged_weight()
-            tensors[bits_key] = write_record(bits, weight.shape, fingerprint_of(weight))
+            tensors[bits_key] = write_record(bits, weight.shape, layer.fingerprint())
         if count_zeros(bits, weight.shape) == weight.numel():
             dead.append(_module_name(path))
         if layer.keeps_scores and scores is not None:

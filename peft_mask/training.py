@@ -152,9 +152,10 @@ def saliency_candidates(
 
     Source: SNIP (Lee et al. 2019) and movement pruning (Sanh et al. 2020) rank weights by this.
     """
+    base = cast(MaskModel, model.base_model)
     layers = {
         name: module
-        for name, module in model.base_model.model.named_modules()
+        for name, module in cast(nn.Module, base.model).named_modules()
         if isinstance(module, MaskLayer) and module.positions(adapter_name) is not None
     }
     if not layers:
@@ -166,7 +167,7 @@ def saliency_candidates(
         for layer in layers.values():
             layer.get_base_layer().weight.requires_grad_(True)
         for batch in batches:
-            weights = [layer.get_base_layer().weight for layer in layers.values()]
+            weights = [cast(Tensor, layer.get_base_layer().weight) for layer in layers.values()]
             gradients = torch.autograd.grad(loss(batch), weights, allow_unused=True)
             for total, weight, gradient in zip(sums.values(), weights, gradients, strict=True):
                 if gradient is not None:

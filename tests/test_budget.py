@@ -102,7 +102,7 @@ def test_a_size_out_of_reach_is_refused_before_anything_changes(target):
 
 
 def test_a_budget_that_training_cannot_fill_is_warned_of_and_nothing_lost():
-    model = trained(target_bytes=1400)  # half the candidates, which the gradients do not want to switch off, have no say
+    model = trained(target_bytes=1400)  # gradients want to switch off half the candidates only
     mask = model.base_model.model[2].mask("default")
     with pytest.warns(UserWarning, match="'default' keeps its sparsity .*: target_bytes=1400 is out of reach"):
         fill_budget(model)
@@ -131,7 +131,7 @@ def test_moving_a_budget_needs_scores_a_budget_and_a_sparsity_in_range(tmp_path)
     with pytest.raises(ValueError, match="'default' has no scores, only the mask they came to"):
         loaded.base_model.set_target_sparsity(0.001)
     with pytest.raises(ValueError, match="no budget: its binarizer is 'threshold'"):
-        masked(binarizer="threshold").base_model.set_target_bytes(1000)
+        masked(binarizer="threshold", candidates=None).base_model.set_target_bytes(1000)
     model.add_adapter("b", MaskConfig(target_modules=["0"]))
     model.base_model.set_adapter(["default", "b"])
     with pytest.raises(ValueError, match=r"name the adapter: \['default', 'b'\] are active"):

@@ -6,7 +6,7 @@ from peft import PeftConfig
 import peft_mask
 from peft_mask import MaskConfig
 
-PAPER = {"binarizer": "threshold", "init_weights": "uniform", "init_sparsity": 0.05}
+PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform", "init_sparsity": 0.05}
 
 
 @pytest.mark.parametrize(

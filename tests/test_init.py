@@ -8,7 +8,7 @@ import torch
 from peft_mask import MaskConfig
 from peft_mask.init import initial_scores
 
-uniform = partial(MaskConfig, binarizer="threshold", init_weights="uniform")
+uniform = partial(MaskConfig, binarizer="threshold", candidates=None, init_weights="uniform")
 SHAPE = torch.Size((500, 400))
 WEIGHT = torch.zeros(SHAPE)
 
@@ -17,7 +17,7 @@ WEIGHT = torch.zeros(SHAPE)
 def test_the_threshold_keeps_every_weight_large_ones_closer_to_the_threshold(dtype):
     weight = torch.tensor([[3.0, -4.0, 0.0, 0.001]], dtype=dtype)
     rms = 2.5
-    scores = initial_scores(weight, MaskConfig(binarizer="threshold", init_margin=0.25), "layer")
+    scores = initial_scores(weight, MaskConfig(binarizer="threshold", candidates=None, init_margin=0.25), "layer")
     expected = torch.tensor([[0.25 * rms / 3, 0.25 * rms / 4, 25.0, 25.0]])
     torch.testing.assert_close(scores, expected)
     assert scores.dtype == torch.float32
@@ -27,7 +27,9 @@ def test_the_threshold_keeps_every_weight_large_ones_closer_to_the_threshold(dty
     "weight", [torch.zeros(2, 3), torch.full((2, 3), float("inf")), torch.empty(2, 3, device="meta")]
 )
 def test_a_weight_without_a_magnitude_starts_at_the_margin(weight):
-    assert (initial_scores(weight, MaskConfig(binarizer="threshold", init_margin=0.25), "layer") == 0.25).all()
+    assert (
+        initial_scores(weight, MaskConfig(binarizer="threshold", candidates=None, init_margin=0.25), "layer") == 0.25
+    ).all()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.01])
@@ -47,7 +49,9 @@ def test_uniform_defaults_to_the_papers_five_per_cent():
 
 @pytest.mark.parametrize("sparsity", [None, 0.1])
 def test_false_is_a_random_mask_of_two_constants(sparsity):
-    config = MaskConfig(binarizer="threshold", init_weights=False, init_sparsity=sparsity, init_margin=0.125)
+    config = MaskConfig(
+        binarizer="threshold", candidates=None, init_weights=False, init_sparsity=sparsity, init_margin=0.125
+    )
     scores = initial_scores(WEIGHT, config, "layer")
     assert set(scores.unique().tolist()) == {-0.125, 0.125}
     assert (scores < 0).float().mean().item() == pytest.approx(sparsity or 0.5, abs=0.01)

@@ -31,7 +31,7 @@ def everywhere(value):
 def trained(tmp_path, name, seed, **fields):
     """Path of the adapter of a small base model, saved by PEFT."""
     torch.manual_seed(seed)
-    config = MaskConfig(target_modules=["0", "2"], binarizer="threshold", init_weights=False, **fields)
+    config = MaskConfig(target_modules=["0", "2"], binarizer="threshold", candidates=None, init_weights=False, **fields)
     get_peft_model(base(), config).save_pretrained(tmp_path / name)
     return tmp_path / name
 
@@ -231,7 +231,7 @@ def test_peft_loads_masks_made_by_hand_on_any_base_of_their_shapes(tmp_path):
 
 def test_masks_of_different_bases_do_not_combine(tmp_path):
     a = Masks.load(trained(tmp_path, "a", seed=1))
-    config = MaskConfig(target_modules=["0", "2"], binarizer="threshold", init_weights=False)
+    config = MaskConfig(target_modules=["0", "2"], binarizer="threshold", candidates=None, init_weights=False)
     other = get_peft_model(base(seed=5), config)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="cannot combine the masks of '0': they were made for different base weights"):

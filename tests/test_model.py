@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def random_masks(**fields):
-    return MaskConfig(binarizer="threshold", init_weights=False, init_sparsity=0.3, **fields)
+    return MaskConfig(binarizer="threshold", candidates=None, init_weights=False, init_sparsity=0.3, **fields)
 
 
 def masked_mlp(dtype=torch.float32, **fields):

@@ -30,7 +30,12 @@ def mlp(seed=0, width=20, dtype=torch.float32):
 
 def masked(base, **fields):
     torch.manual_seed(1)
-    fields = {"target_modules": ["0", "2"], "binarizer": "threshold", "init_weights": False} | fields
+    fields = {
+        "target_modules": ["0", "2"],
+        "binarizer": "threshold",
+        "candidates": None,
+        "init_weights": False,
+    } | fields
     return get_peft_model(base, MaskConfig(**fields)).eval()
 
 

@@ -85,7 +85,7 @@ def test_a_model_without_scores_is_refused():
 
 
 def test_statistics_count_zeros_flips_and_entropy():
-    config = MaskConfig(target_modules=["0", "1"], binarizer="threshold")
+    config = MaskConfig(target_modules=["0", "1"], binarizer="threshold", candidates=None)
     model = get_peft_model(nn.Sequential(nn.Linear(10, 3), nn.Linear(3, 5)), config)
     statistics = MaskStatistics(model)
     assert statistics(model) == {"sparsity": 0.0, "flip_ratio": 0.0, "bits_per_weight": 0.0}

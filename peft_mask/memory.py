@@ -1,0 +1,139 @@
+"""What training a mask takes, counted before it begins, on a model that need not have any weights yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_mask.candidates import candidate_count
+from peft_mask.config import MaskConfig
+from peft_mask.model import head_modules, masked_modules
+
+# bytes a trained number that an optimizer keeps
+OPTIMIZER_BYTES = {"sign": 0, "adamw": 8, "adamw_8bit": 2}
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training step holds, by what for.
+
+    Attributes:
+        parameters: the base model, with the copy of its head that is trained.
+        scores: scores and the positions of their weights.
+        gradients: of scores and head.
+        optimizer: what the optimizer remembers of scores and head.
+        activations: what autograd keeps for the backward pass.
+        transient: W * M, `(dL/dy)^T x` and indices of the largest layer, the only ones of its size at any time, and the
+            gradients of the largest activation and its neighbor.
+    """
+
+    parameters: int
+    scores: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all: what a step takes at most, without the allocator's and the libraries' own share."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = [*vars(self).items(), ("total", self.total)]
+        return ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts)
+
+
+def training_memory(
+    model: nn.Module, config: MaskConfig, inputs: Mapping[str, Tensor], scores_optimizer: str = "sign"
+) -> TrainingMemory:
+    """Estimate the memory of a training step of a mask, without making one.
+
+    Args:
+        model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size.
+        config: the adapter's configuration.
+        inputs: a batch as for `model(**inputs)`, on its device.
+        scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"adamw"` or `"adamw_8bit"`.
+
+    Returns:
+        The estimate. Everything trained beside the scores is counted with AdamW in float32.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> shape = AutoConfig.for_model("llama", num_hidden_layers=2, vocab_size=1000)  # the rest as in Llama 7B
+        >>> with torch.device("meta"):
+        ...     model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        ...     inputs = {"input_ids": torch.zeros(1, 128, dtype=torch.long)}
+        >>> memory = training_memory(model, MaskConfig(), inputs)
+        >>> memory.scores < memory.parameters / 2
+        True
+    """
+    targets = masked_modules(model, config)
+    scores = positions = transient = 0
+    for module in targets.values():
+        weight = _weight(module)
+        count = candidate_count(weight.numel(), config)
+        scores += weight.numel() if count is None else count
+        if count is not None:
+            positions += count * (4 if weight.numel() <= torch.iinfo(torch.int32).max else 8)
+        transient = max(transient, 2 * weight.nbytes + (8 + 2 * weight.itemsize) * (count or 0))
+    itemsize = getattr(torch, config.scores_dtype).itemsize
+    names = {*(config.modules_to_save or []), *(head_modules(model) if config.task_type else [])}
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    head = sum(p.numel() for module in heads for p in module.parameters())
+    kept = _saved_sizes(model, inputs, [_weight(module) for module in targets.values()])
+    state = OPTIMIZER_BYTES[scores_optimizer]
+    return TrainingMemory(
+        parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
+        scores=itemsize * scores + positions,
+        gradients=itemsize * scores + 4 * head,
+        optimizer=(min(state, 2 * itemsize) if scores_optimizer == "adamw" else state) * scores + 8 * head,
+        activations=sum(kept),
+        transient=transient + 2 * max(kept, default=0),
+    )
+
+
+def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, beside the model's own tensors.
+
+    Args:
+        model: any model, on any device, the meta device included.
+        inputs: a batch as for `model(**inputs)`.
+    """
+    return sum(_saved_sizes(model, inputs))
+
+
+def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[Tensor] | None = None) -> list[int]:
+    """Bytes of each storage that is kept, with gradients for the parameters `trained`, by default for all that ask."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # holding the tensors, or an address could come twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage()._cdata) not in own:
+            kept[address] = tensor
+        return tensor
+
+    before = {p: p.requires_grad for p in model.parameters()}
+    try:
+        if trained is not None:
+            wanted = {id(p) for p in trained}
+            for parameter in before:
+                parameter.requires_grad_(id(parameter) in wanted)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output: Any = model(**inputs)
+        del output
+    finally:
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
+    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

@@ -1,0 +1,72 @@
+"""Several processes train the mask that one would."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_mask import MaskConfig, create_mask_optimizer, keep_scores
+from peft_mask.layer import MaskLayer
+
+WORLD, STEPS = 2, 6
+
+
+def model():
+    torch.manual_seed(0)  # in float64 no gradient is so close to zero that the order of a sum decides its sign
+    mlp = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4)).double()
+    return get_peft_model(mlp, MaskConfig(target_modules=["0", "2"], target_sparsity=0.03))
+
+
+def train(model, rows):
+    optimizer = create_mask_optimizer(model)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
+        model(x[rows]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def on_each_rank(rank, folder, kind):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        ours = model()
+        rows = slice(4 * rank, 4 * rank + 4)
+        if kind == "ddp":
+            train(nn.parallel.DistributedDataParallel(ours), rows)
+            state = None
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in [module for module in ours.modules() if isinstance(module, MaskLayer)]:
+                fully_shard(layer)
+            fully_shard(ours)
+            train(ours, rows)
+            local = [p for name, p in ours.named_parameters() if "scores" in name]
+            assert all(p.to_local().numel() < p.numel() for p in local)
+            state = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if kind == "ddp" or rank == 0:
+            ours.save_pretrained(f"{folder}/{rank}", state_dict=state)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_processes_train_the_mask_that_one_trains(tmp_path, kind):
+    one = model()
+    train(one, slice(None))
+    keep_scores(one, False)
+    one.save_pretrained(tmp_path / "one")
+    mp.spawn(on_each_rank, (str(tmp_path), kind), nprocs=WORLD)
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert any(int((~layer.mask("default")).sum()) for layer in one.modules() if isinstance(layer, MaskLayer))
+    for rank in range(WORLD if kind == "ddp" else 1):
+        saved = load_file(tmp_path / str(rank) / "adapter_model.safetensors")
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], expected[key]) for key in expected)
