@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_mask.candidates import candidate_count
 from peft_mask.config import MaskConfig
-from peft_mask.model import head_modules, masked_modules
+from peft_mask.targets import TASKS_WITH_HEAD, head_modules, masked_modules
 
 # bytes a trained number that an optimizer keeps
 OPTIMIZER_BYTES = {"sign": 0, "adamw": 8, "adamw_8bit": 2}
@@ -83,7 +83,7 @@ def training_memory(
             positions += count * (4 if weight.numel() <= torch.iinfo(torch.int32).max else 8)
         transient = max(transient, 2 * weight.nbytes + (8 + 2 * weight.itemsize) * (count or 0))
     itemsize = getattr(torch, config.scores_dtype).itemsize
-    names = {*(config.modules_to_save or []), *(head_modules(model) if config.task_type else [])}
+    names = {*(config.modules_to_save or []), *(head_modules(model) if config.task_type in TASKS_WITH_HEAD else [])}
     heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
     head = sum(p.numel() for module in heads for p in module.parameters())
     kept = _saved_sizes(model, inputs, [_weight(module) for module in targets.values()])

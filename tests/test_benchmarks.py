@@ -69,7 +69,7 @@ def test_every_variant_of_the_step_trains_what_it_says(variant):
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     expected = {
         "full fine-tuning": lambda name: True,
-        "mask": lambda name: "peft_mask_scores" in name or "modules_to_save.default" in name,
+        **dict.fromkeys(step.MASKS, lambda name: "peft_mask_scores" in name or "modules_to_save.default" in name),
         "LoRA r=8": lambda name: "lora_" in name or "modules_to_save.default" in name,
         "official masking": lambda name: name.endswith("scores") or name.startswith("classifier"),
     }[variant]

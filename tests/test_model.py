@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.layer import MaskLayer
-from peft_mask.model import head_modules
+from peft_mask.targets import head_modules
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_inputs, tiny_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
