@@ -8,7 +8,8 @@
         --output_dir out --push_to_hub --hub_model_id me/roberta-base-my-task-mask
 
 Every argument of `transformers.TrainingArguments` works (`--num_train_epochs`, `--max_steps`, `--seed`, `--bf16`, ...);
-`--help` lists them. `--learning_rate` is that of the task head, `--mask_learning_rate` that of the mask's scores.
+`--help` lists them. `--learning_rate` is that of the task head; for the mask any does the same. `--target_bytes 50000`
+asks for a mask of 50 kB.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transformers import (
 )
 
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
-from peft_mask.training import HEAD_LR, MASK_LR
+from peft_mask.training import HEAD_LR
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 LABEL_COLUMNS = ("label", "labels", "intent", "category")
@@ -67,7 +68,8 @@ class ScriptArguments:
     text_columns: list[str] | None = field(default=None, metadata={"help": "One column, or two for pairs."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
-    mask_learning_rate: float = field(default=MASK_LR, metadata={"help": "Learning rate of the scores."})
+    target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights to switch off."})
+    target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
 
 
 def load_splits(arguments: ScriptArguments) -> dict[str, Dataset]:
@@ -224,8 +226,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
     )
-    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS"))
-    optimizer = create_mask_optimizer(model, lr=training_arguments.learning_rate, mask_lr=arguments.mask_learning_rate)
+    budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
+    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", **budget))
+    optimizer = create_mask_optimizer(model, lr=training_arguments.learning_rate)
     trainer = Trainer(
         model=model,
         args=training_arguments,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import codec, step, switch
+from benchmarks import codec, memory, step, switch
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table
 from peft_mask.layer import MaskLayer
 
@@ -91,6 +91,26 @@ def test_the_switch_benchmark_switches_and_restores(tmp_path, monkeypatch):
         next(model.parameters()).add_(1)
     with pytest.raises(AssertionError, match="embeddings"):
         switch.check_exact(model)
+
+
+def test_the_memory_benchmark_counts_each_method(monkeypatch):
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "vocab_size": 50,
+    }
+    row = (memory.AutoModelForCausalLM, shape | {"num_attention_heads": 4}, torch.bfloat16, None, (2, 8))
+    monkeypatch.setitem(memory.MODELS, "tiny", row)
+    masked = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    base = memory.mask_bytes("tiny", "mask")
+    assert memory.mask_bytes("tiny", "mask, AdamW") - base == pytest.approx(0.8 * masked, rel=0.01)
+    assert memory.mask_bytes("tiny", "mask, all weights, AdamW") - base == pytest.approx(14.8 * masked, rel=0.01)
+    parameters = masked + 2 * 50 * 64 + 5 * 64
+    model, inputs = memory.make("tiny")
+    assert memory.full_bytes("tiny") == 8 * parameters + memory.saved_bytes(model, inputs)
+    assert memory.lora_bytes("tiny") > 2 * parameters + 16 * 2 * 8 * (4 * 128 + 3 * 192)
 
 
 def test_the_codec_benchmark_counts_bytes_against_the_entropy():
