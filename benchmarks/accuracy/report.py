@@ -166,8 +166,9 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
             else:
                 axes.axhline(100 * test, linestyle="--", color=colors[method], label=f"{method} (no adapter)")
         axes.grid(alpha=0.3)
-        if place == 1:
-            axes.legend(fontsize="small")
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    by_label = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower right", ncols=len(by_label))
     figure.savefig(path, dpi=120)
 
 
