@@ -227,7 +227,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         label2id={name: number for number, name in enumerate(names)},
     )
     budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
-    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", **budget))
+    try:
+        model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", **budget))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     optimizer = create_mask_optimizer(model, lr=training_arguments.learning_rate)
     trainer = Trainer(
         model=model,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from peft_mask.packing import index_dtype
+
 # The largest negative number of a dtype that no processor setting turns into zero. Where subnormal numbers are flushed,
 # a score among them counts as zero; taking them all for zero makes the mask the same everywhere. For float16, whose
 # subnormal numbers are computed with as float32, it is the largest negative number there is.
@@ -71,5 +73,5 @@ def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.
         return torch.zeros_like(values, dtype=torch.bool)
     limit = flat.topk(count, largest=False, sorted=False).values.nan_to_num(torch.inf).amax().clamp(max=below)
     under, at = flat < limit, flat == limit
-    counter = torch.int32 if flat.numel() <= torch.iinfo(torch.int32).max else torch.int64
-    return (under | (at & (at.cumsum(0, dtype=counter) <= count - under.sum()))).view(values.shape)
+    rank = at.cumsum(0, dtype=index_dtype(flat.numel()))
+    return (under | (at & (rank <= count - under.sum()))).view(values.shape)

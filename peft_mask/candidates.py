@@ -13,6 +13,7 @@ import torch
 
 from peft_mask.binarize import lowest
 from peft_mask.config import MaskConfig
+from peft_mask.packing import index_dtype
 
 
 def candidate_count(numel: int, config: MaskConfig) -> int | None:
@@ -44,7 +45,7 @@ def choose_candidates(
     if count is None:
         return None
     if weight.is_meta:
-        return compact(torch.arange(count), weight.numel())
+        return torch.arange(count, dtype=index_dtype(weight.numel()))
     if config.candidate_rule == "random":
         preference = torch.rand(weight.numel(), generator=seeded(config, f"candidates/{name}")).to(weight.device)
     else:
@@ -58,12 +59,7 @@ def by_preference(preference: torch.Tensor, count: int, include: torch.Tensor | 
         if len(include) > count:
             raise ValueError(f"it switches off {len(include)} weights, but only {count} are candidates")
         preference = preference.clone().index_fill_(0, include.to(preference.device), torch.inf)
-    return compact(lowest(preference.neg(), count).nonzero().squeeze(1), preference.numel())
-
-
-def compact(positions: torch.Tensor, numel: int) -> torch.Tensor:
-    """Return positions among `numel` weights as int32 if that holds them all."""
-    return positions.int() if numel <= torch.iinfo(torch.int32).max else positions
+    return lowest(preference.neg(), count).nonzero().squeeze(1).to(index_dtype(preference.numel()))
 
 
 def seeded(config: MaskConfig, name: str) -> torch.Generator | None:

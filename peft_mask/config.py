@@ -22,7 +22,6 @@ ScoresDtype = Literal["float32", "bfloat16"]
 Structure = Literal["weight"]
 InitWeights = Literal["uniform"]
 
-
 DEFAULT_SPARSITY = 0.005
 
 
@@ -48,7 +47,8 @@ class MaskConfig(PeftConfig):
         target_sparsity: fraction of the masked weights that `"topk"` switches off; by default 0.005, which costs about
             0.047 bit a masked weight.
         target_bytes: the size that `adapter_model.safetensors` is to have, without a task head; the sparsity is
-            computed from it, and stands in `target_sparsity` once the model is wrapped.
+            computed from it, and stands in `target_sparsity` once the model is wrapped. If that is given as well, it
+            holds during training, and `target_bytes` from its end on.
         candidates: fraction of each matrix that has scores and may be switched off, or None: all of it. Scores, their
             gradient and optimizer state exist for candidates only.
         candidate_rule: which weights are candidates: `"magnitude"`, the largest, or `"random"`. Others, chosen by data
@@ -178,7 +178,7 @@ class MaskConfig(PeftConfig):
                 f'{given[0]}={getattr(self, given[0])} needs binarizer="topk", which switches off as many weights as '
                 f"it is told; with binarizer={self.binarizer!r} training decides how many. Leave one of them out."
             )
-        if self.target_bytes is not None and (not isinstance(self.target_bytes, int) or self.target_bytes <= 0):
+        if self.target_bytes is not None and (type(self.target_bytes) is not int or self.target_bytes <= 0):
             raise ValueError(f"target_bytes must be a positive integer, got {self.target_bytes!r}.")
         if self.target_sparsity is not None:
             _check_number("target_sparsity", self.target_sparsity, above=0.0, below=1.0)

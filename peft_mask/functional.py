@@ -51,10 +51,10 @@ def _masked(
     weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """`weight` under its scores: the threshold's mask, or the one given, of all weights or of those at `positions`."""
-    if mask is None:
-        mask = binarize_threshold(scores) if positions is not None else None
-    if mask is None:
+    if mask is None and positions is None:
         return apply_scores(weight, scores)
+    if mask is None:
+        mask = binarize_threshold(scores)
     if positions is None:
         return apply_mask(weight, mask)
     index = positions.long()
@@ -65,11 +65,11 @@ def _masked(
 def _score_gradient(
     grad: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """`dL/d(W * M) * W`, of all weights or of those at `positions`."""
+    """`dL/d(W * M) * W`, of all weights or of those at `positions`; `grad` may be overwritten."""
     if positions is not None:
         index = positions.long()
         grad, weight = grad.take(index), weight.take(index)
-    return grad.to(scores.dtype) * weight
+    return grad.to(scores.dtype).mul_(weight)
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _MaskedWeight(torch.autograd.Function):
         weight, scores, mask, positions = ctx.saved_tensors
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
         grad_weight = _masked(grad, scores, mask, positions) if needs_weight else None
-        grad_scores = _score_gradient(grad, weight, scores, positions) if needs_scores else None
+        grad_scores = _score_gradient(grad.clone(), weight, scores, positions) if needs_scores else None
         return grad_weight, grad_scores, None, None
 
 

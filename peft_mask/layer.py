@@ -19,7 +19,7 @@ from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.functional import apply_mask, masked_linear, masked_weight
 from peft_mask.init import initial_scores
-from peft_mask.packing import bits_from_positions, pack_bits, unpack_bits, zero_positions
+from peft_mask.packing import bits_from_positions, index_dtype, pack_bits, unpack_bits, zero_positions
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -70,6 +70,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> torch.Tensor:
         return cast(torch.Tensor, self.get_base_layer().weight)
+
+    @property
+    def mask_shape(self) -> torch.Size:
+        """Shape of the masks: that of the base weight."""
+        return self._weight().shape
 
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one, the budget of an adapter with scores; None: no budget."""
@@ -174,9 +179,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if known is not None and known[0] is bits and known[1] == bits._version:
             return known[2]
         weight = self._weight()
-        positions = zero_positions(bits, weight.shape)
-        if weight.numel() <= torch.iinfo(torch.int32).max:
-            positions = positions.int()
+        positions = zero_positions(bits, weight.shape).to(index_dtype(weight.numel()))
         if adapter_name in self.peft_mask_bits and not bits.is_inference():  # such tensors have no version
             self._known_zeros[adapter_name] = (bits, bits._version, positions)
         return positions

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from peft_mask.candidates import candidate_count
 from peft_mask.config import MaskConfig
-from peft_mask.targets import TASKS_WITH_HEAD, head_modules, masked_modules
-
-# bytes a trained number that an optimizer keeps
-OPTIMIZER_BYTES = {"sign": 0, "adamw": 8, "adamw_8bit": 2}
+from peft_mask.packing import index_dtype
+from peft_mask.targets import resolve_targets
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ def training_memory(
     Returns:
         The estimate. Everything trained beside the scores is counted with AdamW in float32.
 
+    Raises:
+        ValueError: if there is no such optimizer, or `model` has no backbone to take the default targets from.
+
     Example:
         >>> import torch
         >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,26 +76,28 @@ def training_memory(
         >>> memory.scores < memory.parameters / 2
         True
     """
-    targets = masked_modules(model, config)
+    config = copy.copy(config)
+    resolve_targets(model, config)
+    itemsize = getattr(torch, config.scores_dtype).itemsize
+    states = {"sign": 0, "adamw": 2 * itemsize, "adamw_8bit": 2}  # bytes a score
+    if scores_optimizer not in states:
+        raise ValueError(f"scores_optimizer must be one of {list(states)}, got {scores_optimizer!r}.")
+    modules = {name: module for name, module in model.named_modules() if name}
+    weights = [cast(Tensor, m.weight) for name, m in modules.items() if check_target_module_exists(config, name)]
     scores = positions = transient = 0
-    for module in targets.values():
-        weight = _weight(module)
+    for weight in weights:
         count = candidate_count(weight.numel(), config)
         scores += weight.numel() if count is None else count
-        if count is not None:
-            positions += count * (4 if weight.numel() <= torch.iinfo(torch.int32).max else 8)
+        positions += (count or 0) * index_dtype(weight.numel()).itemsize
         transient = max(transient, 2 * weight.nbytes + (8 + 2 * weight.itemsize) * (count or 0))
-    itemsize = getattr(torch, config.scores_dtype).itemsize
-    names = {*(config.modules_to_save or []), *(head_modules(model) if config.task_type in TASKS_WITH_HEAD else [])}
-    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    heads = [m for name, m in modules.items() if name.rpartition(".")[2] in (config.modules_to_save or [])]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, [_weight(module) for module in targets.values()])
-    state = OPTIMIZER_BYTES[scores_optimizer]
+    kept = _saved_sizes(model, inputs, weights)
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,
         gradients=itemsize * scores + 4 * head,
-        optimizer=(min(state, 2 * itemsize) if scores_optimizer == "adamw" else state) * scores + 8 * head,
+        optimizer=states[scores_optimizer] * scores + 8 * head,
         activations=sum(kept),
         transient=transient + 2 * max(kept, default=0),
     )
@@ -131,9 +136,3 @@ def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[T
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
     return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight

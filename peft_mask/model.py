@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
-from peft_mask.targets import TASKS_WITH_HEAD, default_target_modules, head_modules, outermost_modules, tied_weights
+from peft_mask.targets import outermost_modules, resolve_targets, tied_weights
 
 
 class MaskModel(BaseTuner):
@@ -39,12 +39,7 @@ class MaskModel(BaseTuner):
     # ---- injection ----
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
-        if peft_config.task_type in TASKS_WITH_HEAD:
-            missing = [name for name in head_modules(self.model) if name not in (peft_config.modules_to_save or [])]
-            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *missing]
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_target_modules(self.model, peft_config)
-        _maybe_include_all_linear_layers(peft_config, self.model)
+        resolve_targets(self.model, peft_config)
         shapes = self._check_targets(peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             peft_config.target_sparsity = sparsity_for_bytes(
@@ -163,7 +158,7 @@ class MaskModel(BaseTuner):
         before = config.target_sparsity
         try:
             sparsity = sparsity_for_bytes(size, target_bytes, _largest(config))
-        except ValueError:
+        except BaseException:
             size(cast(float, before))
             raise
         config.target_sparsity, config.target_bytes = sparsity, target_bytes
@@ -203,7 +198,7 @@ class MaskModel(BaseTuner):
             raise ValueError(f"name the adapter: {self.active_adapters} are active.")
         return self.active_adapters[0]
 
-    def _scored_layers(self, adapter_name: str, required: bool = True) -> Iterator[tuple[str, MaskLayer]]:
+    def _scored_layers(self, adapter_name: str, required: bool = True) -> list[tuple[str, MaskLayer]]:
         found = [
             (name, module)
             for name, module in self.model.named_modules()
@@ -214,7 +209,7 @@ class MaskModel(BaseTuner):
                 f"the adapter '{adapter_name}' has no scores, only the mask they came to: load it with "
                 "is_trainable=True from a checkpoint that has them, or do this before saving."
             )
-        return iter(found)
+        return found
 
     def _check_has_budget(self, adapter_name: str) -> None:
         if self.peft_config[adapter_name].binarizer != "topk":
@@ -329,7 +324,7 @@ class MaskModel(BaseTuner):
 
 def _largest(config: MaskConfig) -> float:
     """Return the largest sparsity that an adapter can have."""
-    return config.candidates if isinstance(config.candidates, float) else 1.0
+    return 1.0 if config.candidates is None else config.candidates
 
 
 def _mask_layers(model: nn.Module) -> Iterator[MaskLayer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,28 +21,22 @@ class SignAdamW(torch.optim.AdamW):
     every process and after a resume.
 
     Args:
-        params: parameters or groups, as for AdamW; groups may hold `sign` (False by default).
+        params: parameters or groups, as for AdamW; groups may hold `"sign": True`.
         **kwargs: as for AdamW.
 
     Source: the sign steps are signSGD (Bernstein et al. 2018); the official code of Zhao et al. 2020 offers it, too.
     """
 
-    def __init__(self, params: Any, **kwargs: Any) -> None:
-        super().__init__(params, **kwargs)
-        for group in self.param_groups:
-            group.setdefault("sign", False)
-            group.setdefault("sign_steps", 0)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        everything = self.param_groups
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        everything = self.param_groups
         for group in everything:
-            if group["sign"]:
+            if group.get("sign"):
                 _sign_steps(group)
-        self.param_groups = [group for group in everything if not group["sign"]]
+        self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
         finally:
@@ -51,12 +46,13 @@ class SignAdamW(torch.optim.AdamW):
 
 @torch.no_grad()
 def _sign_steps(group: dict[str, Any]) -> None:
-    group["sign_steps"] += 1
+    group["sign_steps"] = step = group.get("sign_steps", 0) + 1
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is None:
             continue
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            generator = torch.Generator(parameter.device).manual_seed(group["sign_steps"] << 16 | index & 0xFFFF)
+            # hashed, because torch's CPU generator looks at the lowest 32 bits of its seed only
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{step}/{index}".encode()))
             exact = parameter.float().sub_(parameter.grad.float().sign_(), alpha=group["lr"])
             parameter.copy_(round_stochastically(exact, parameter.dtype, generator))
         else:
@@ -79,7 +75,6 @@ def round_stochastically(
     dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     noise = torch.randint(1 << dropped, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     bits = values.contiguous().view(torch.int32) + noise
-    rounded = (bits >> dropped << dropped).view(
-        torch.float32
-    )  # away from zero with the probability of the part dropped
+    # adding noise below the bits that are kept carries into them with the probability of the part that is dropped
+    rounded = (bits >> dropped << dropped).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(dtype)

@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def index_dtype(numel: int) -> torch.dtype:
+    """Return the smaller of int32 and int64 that holds every position among `numel` weights, and their number.
+
+    >>> index_dtype(1000)
+    torch.int32
+    """
+    return torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
+
+
 def bits_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Shape of the packed bits of a mask: `(rows, ceil(cols / 8))`.
 

@@ -97,9 +97,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str) -> int:
     """Return the size of `adapter_model.safetensors` with the masks of an adapter and no task head."""
     return file_bytes(
         {
-            _module_name(path): len(
-                write_record(layer.packed_mask(adapter_name), layer.unmerged_weight().shape, UNKNOWN)
-            )
+            _module_name(path): len(write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN))
             for path, layer in layers_of_adapter(model, adapter_name).items()
         }
     )

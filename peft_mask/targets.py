@@ -11,9 +11,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask.config import MaskConfig
-from peft_mask.layer import unsupported_reason
 
-TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
+    """Write into `config` which modules are masked, where it leaves that to us, and that a task head is trained."""
+    if config.task_type in _TASKS_WITH_HEAD:
+        missing = [name for name in head_modules(model) if name not in (config.modules_to_save or [])]
+        config.modules_to_save = [*(config.modules_to_save or []), *missing]
+    if config.target_modules is None:
+        config.target_modules = default_target_modules(model, config)
+    _maybe_include_all_linear_layers(config, model)
 
 
 def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -50,19 +59,6 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
-
-
-def masked_modules(model: nn.Module, config: MaskConfig) -> dict[str, nn.Module]:
-    """Return the modules of a base model, without adapters yet, that a configuration would mask, by name."""
-    config = copy.copy(config)
-    if config.target_modules is None:
-        config.target_modules = default_target_modules(model, config)
-    _maybe_include_all_linear_layers(config, model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name) and unsupported_reason(module) is None
-    }
 
 
 def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:

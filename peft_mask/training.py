@@ -14,7 +14,7 @@ from peft_mask.candidates import by_preference
 from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
-from peft_mask.packing import count_zeros, entropy_bits
+from peft_mask.packing import count_zeros, entropy_bits, zero_positions
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -65,20 +65,14 @@ def create_mask_optimizer(
             "the model has no mask scores to train: wrap it with get_peft_model(model, MaskConfig(...)), or load the "
             "adapter with is_trainable=True."
         )
-    scores = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained]
-    ranked = {id(layer.peft_mask_scores[adapter]) for _, layer, adapter in trained if layer.has_budget(adapter)}
-    known = {id(parameter) for parameter in scores}
+    ranked = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained if layer.has_budget(adapter)]
+    compared = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained if not layer.has_budget(adapter)]
+    known = {id(parameter) for parameter in (*ranked, *compared)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    ranked_group: dict[str, Any] = {
-        "params": [p for p in scores if id(p) in ranked],
-        "lr": mask_lr,
-        "weight_decay": 0.0,
-    }
-    if issubclass(optimizer_cls, SignAdamW):
-        ranked_group["sign"] = True
+    sign = {"sign": True} if issubclass(optimizer_cls, SignAdamW) else {}
     groups = [
-        ranked_group,
-        {"params": [p for p in scores if id(p) not in ranked], "lr": mask_lr, "weight_decay": 0.0},
+        {"params": ranked, "lr": mask_lr, "weight_decay": 0.0, **sign},
+        {"params": compared, "lr": mask_lr, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
     ]
@@ -114,7 +108,7 @@ class MaskStatistics:
         weights = zeros = flips = 0
         bits = 0.0
         for name, layer, adapter in _trained_scores(model):
-            packed, shape = layer.packed_mask(adapter), layer.unmerged_weight().shape
+            packed, shape = layer.packed_mask(adapter), layer.mask_shape
             size, off = shape.numel(), count_zeros(packed, shape)
             weights += size
             zeros += off
@@ -145,7 +139,8 @@ def saliency_candidates(
 
     Returns:
         For each masked module the positions of as many weights as the adapter has scores, ascending: what
-        `model.base_model.set_candidates` takes. The model is as it was before.
+        `model.base_model.set_candidates` takes. Weights that are off now are among them, since no gradient is computed
+        of what they would be worth. The model is as it was before.
 
     Raises:
         ValueError: if the adapter has no scores, or scores of all weights.
@@ -161,24 +156,25 @@ def saliency_candidates(
     if not layers:
         raise ValueError(f"the adapter '{adapter_name}' has no candidates to choose: set candidates in MaskConfig.")
     trained = {p: p.requires_grad for p in model.parameters()}
-    sums = {name: torch.zeros_like(layer.unmerged_weight(), dtype=torch.float32) for name, layer in layers.items()}
+    weights = [cast(Tensor, layer.get_base_layer().weight) for layer in layers.values()]
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     try:
         model.requires_grad_(False)
-        for layer in layers.values():
-            layer.get_base_layer().weight.requires_grad_(True)
+        for weight in weights:
+            weight.requires_grad_(True)
         for batch in batches:
-            weights = [cast(Tensor, layer.get_base_layer().weight) for layer in layers.values()]
             gradients = torch.autograd.grad(loss(batch), weights, allow_unused=True)
-            for total, weight, gradient in zip(sums.values(), weights, gradients, strict=True):
+            for total, weight, gradient in zip(sums, weights, gradients, strict=True):
                 if gradient is not None:
                     total += gradient.float() * weight.detach()
     finally:
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
-    return {
-        name: by_preference(total.abs().view(-1), len(cast(Tensor, layers[name].positions(adapter_name))))
-        for name, total in sums.items()
-    }
+    chosen = {}
+    for (name, layer), total in zip(layers.items(), sums, strict=True):
+        off = zero_positions(layer.packed_mask(adapter_name), layer.mask_shape)
+        chosen[name] = by_preference(total.abs_().view(-1), layer.peft_mask_scores[adapter_name].numel(), include=off)
+    return chosen
 
 
 def fill_budget(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
+            # They hold a GPU to what the CPU computes, and machines of CI have none; other tests ask it of the CPU.
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

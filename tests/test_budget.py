@@ -69,11 +69,15 @@ def test_the_callback_fills_the_budget(tmp_path):
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     model = get_peft_model(Scored(), MaskConfig(target_modules=["0", "2"], target_bytes=900))
+    estimated = model.peft_config["default"].target_sparsity
     rows = [{"x": torch.randn(32), "labels": i % 2} for i in range(16)]
     arguments = TrainingArguments(str(tmp_path / "out"), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
     optimizers = (create_mask_optimizer(model), None)
     Trainer(model, arguments, train_dataset=rows, callbacks=[MaskCallback()], optimizers=optimizers).train()
+    trained_to = model.peft_config["default"].target_sparsity
     assert saved_bytes(model, tmp_path / "adapter") == pytest.approx(900, rel=0.03)
+    assert model.base_model.set_target_bytes(900) == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+    assert model.peft_config["default"].target_sparsity == trained_to != estimated
 
 
 def test_a_checkpoint_of_a_byte_budget_goes_on_with_it(tmp_path):
@@ -106,6 +110,22 @@ def test_a_budget_that_training_cannot_fill_is_warned_of_and_nothing_lost():
     mask = model.base_model.model[2].mask("default")
     with pytest.warns(UserWarning, match="'default' keeps its sparsity .*: target_bytes=1400 is out of reach"):
         fill_budget(model)
+    assert torch.equal(model.base_model.model[2].mask("default"), mask)
+
+
+def test_an_interrupted_search_leaves_the_budget_as_it_was(monkeypatch):
+    model = trained()
+    mask = model.base_model.model[2].mask("default")
+    sizes = iter([400, 500])
+
+    def interrupted(*_):
+        if (size := next(sizes, None)) is None:
+            raise KeyboardInterrupt
+        return size
+
+    monkeypatch.setattr("peft_mask.model.adapter_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.base_model.set_target_bytes(450)
     assert torch.equal(model.base_model.model[2].mask("default"), mask)
 
 

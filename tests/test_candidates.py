@@ -125,6 +125,22 @@ def test_saliency_is_the_gradient_of_the_mask_over_the_batches():
         assert torch.equal(layer.positions("default").long(), positions[name].sort().values.long())
 
 
+def test_choosing_again_in_training_leaves_the_mask_as_it_is():
+    model = train(masked(candidate_rule="random", seed=0))
+    before = {name: layer.mask("default") for name, layer in layers(model).items()}
+    assert not before["0"].all()
+    positions = saliency_candidates(model, [torch.randn(8, 12)], lambda x: model(x).square().mean())
+    model.base_model.set_candidates(positions)
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.mask("default"), before[name])
+
+
+def test_saliency_without_candidates_is_refused():
+    model = masked(candidates=None)
+    with pytest.raises(ValueError, match="'default' has no candidates to choose: set candidates in MaskConfig"):
+        saliency_candidates(model, [], lambda x: model(x).sum())
+
+
 def test_new_candidates_start_at_zero_and_old_ones_keep_their_score():
     model = masked()
     layer = layers(model)["0"]

@@ -22,6 +22,7 @@ PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform"
         ({"init_weights": "uniform"}, "init_weights='uniform' has no meaning with binarizer=.topk"),
         ({**PAPER, "target_sparsity": 0.01}, "target_sparsity=0.01 needs binarizer=.topk"),
         ({**PAPER, "target_bytes": 1000}, "target_bytes=1000 needs binarizer=.topk"),
+        ({"target_bytes": True}, "target_bytes must be a positive integer, got True"),
         ({"target_bytes": 1e5}, "target_bytes must be a positive integer, got 100000.0"),
         ({"target_sparsity": 1.0}, "target_sparsity must be .* greater than 0 and less than 1, got 1.0"),
         ({"target_sparsity": 0.2}, "target_sparsity=0.2 cannot be reached with candidates=0.1"),

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_mask import MaskConfig, create_mask_optimizer, keep_scores
+from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.layer import MaskLayer
 
 WORLD, STEPS = 2, 6
@@ -61,7 +61,6 @@ def on_each_rank(rank, folder, kind):
 def test_processes_train_the_mask_that_one_trains(tmp_path, kind):
     one = model()
     train(one, slice(None))
-    keep_scores(one, False)
     one.save_pretrained(tmp_path / "one")
     mp.spawn(on_each_rank, (str(tmp_path), kind), nprocs=WORLD)
     expected = load_file(tmp_path / "one" / "adapter_model.safetensors")

@@ -105,6 +105,7 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
         (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_columns"),
         (["--train_file", "TRAIN", "--test_file", "NEW_LABEL"], r"label 'fish' does not occur in the training data"),
         (["--train_file", "TRAIN", "--validation_file", "NO_LABEL"], r"there is no column \['label'\]"),
+        (["--train_file", "TRAIN", "--target_bytes", "10"], r"target_bytes=10 is out of reach: .* take from \d+ bytes"),
         (["--train_file", "NUMBERS"], r"'label' holds float64 numbers; classification needs classes"),
     ],
 )

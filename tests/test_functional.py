@@ -69,6 +69,28 @@ def test_straight_through_gradient_equals_the_closed_form():
     assert (scores.grad[scores < 0] != 0).all(), "weights that are off must be able to come back"
 
 
+def test_of_candidates_the_gradient_is_the_closed_form_at_their_positions():
+    x, weight, _, bias = make()
+    positions = torch.tensor([0, 3, 4, 11, 20], dtype=torch.int32)
+    (scores,) = leaves(torch.tensor([-1.0, 1.0, -2.0, 0.0, 3.0]))
+    y = masked_linear(x, weight, scores, bias, positions=positions)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    product = upstream.flatten(0, 1).T @ x.flatten(0, 1)
+    torch.testing.assert_close(scores.grad, (product * weight).flatten()[positions.long()])
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(21)])
+def test_the_gradient_that_comes_in_is_left_as_it_is(positions):
+    _, weight, scores, _ = make()
+    (scores,) = leaves(scores if positions is None else scores.flatten())
+    masked = masked_weight(weight, scores, positions=positions)
+    upstream = torch.randn_like(masked)
+    before = upstream.clone()
+    masked.backward(upstream)
+    assert torch.equal(upstream, before)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.integers(1, 4),

@@ -61,6 +61,12 @@ def test_dtypes_optimizers_and_dense_scores_change_what_they_should():
     assert memory("adamw", candidates=None, scores_dtype="bfloat16").optimizer == 4 * 192
 
 
+def test_an_unknown_optimizer_is_refused():
+    message = r"scores_optimizer must be one of \['sign', 'adamw', 'adamw_8bit'\], got 'adam'"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        training_memory(Named(), MaskConfig(**CONFIG), {"x": torch.zeros(10, 8)}, "adam")
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny_model("bert")
     before = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -40,6 +40,16 @@ def test_other_groups_are_those_of_adamw():
         assert torch.equal(a, b)
 
 
+def test_groups_can_be_added_later():
+    p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = SignAdamW([p], lr=0.5)
+    optimizer.add_param_group({"params": [q], "sign": True})
+    p.grad, q.grad = torch.ones(1), torch.ones(1)
+    optimizer.step()
+    assert q.item() == -0.5
+    assert list(optimizer.state) == [p]
+
+
 def test_a_closure_is_called_once_and_its_loss_returned():
     p = nn.Parameter(torch.ones(2))
     optimizer = SignAdamW([{"params": [p], "sign": True}], lr=0.5)
