@@ -1,6 +1,7 @@
 """The accuracy benchmark, end to end on a tiny random model and a few made-up rows."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import probe, report, runs, tasks, training
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
 from benchmarks.accuracy.training import Method, Setting
 
@@ -167,6 +169,70 @@ def test_test_is_scored_with_the_parameters_of_the_run(setting: Setting, tmp_pat
     (setting.data / task.name / "test.conll").write_bytes((setting.data / task.name / "dev.conll").read_bytes())
     figures = training.train(task, method, 1e-3, 1, STEPS, setting, state)
     assert training.score_test(task, method, 1, setting, state) == figures["dev"]
+
+
+LAYER = "bert.encoder.layer.0."
+SELF, MIXED = LAYER + "attention.self.", LAYER + "attention.output."
+KEY_VALUE = [SELF + "key", SELF + "value"]
+OUTPUTS = [MIXED + "dense", LAYER + "output.dense"]
+LINEAR = [SELF + "query", *KEY_VALUE, *OUTPUTS, LAYER + "intermediate.dense"]
+NORMS = ["bert.embeddings.LayerNorm", MIXED + "LayerNorm", LAYER + "output.LayerNorm"]
+LORA = {f"{module}.lora_{side}" for module in LINEAR for side in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "numbers"),
+    [
+        *((f"lora-r{r}", LORA, r * (4 * (16 + 16) + 2 * (16 + 32))) for r in (1, 2, 4, 8, 16)),
+        ("bitfit", {f"{module}.bias" for module in LINEAR + NORMS}, 5 * 16 + 32 + 3 * 16),
+        ("ia3", {f"{module}.ia3_l" for module in KEY_VALUE + OUTPUTS}, 3 * 16 + 32),
+        ("shira-r1", {f"{module}.shira_weight" for module in (SELF + "query", SELF + "value")}, 2 * (16 + 16)),
+    ],
+)
+@pytest.mark.parametrize("task", ["trec", "ud_ewt_pos"])
+def test_a_peer_trains_and_saves_its_own_parameters_and_the_head(
+    setting: Setting, task: str, name: str, expected: set[str], numbers: int
+) -> None:
+    method = METHODS[name]
+    assert isinstance(method, Method)
+    model = training.untrained(TASKS[task], method, 0, setting)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
+    own = {key: size for key, size in trained.items() if not in_head(key)}
+    assert {re.sub(r"^base_model\.model\.|\.default(\.weight)?$", "", key) for key in own} == expected
+    assert sum(own.values()) == numbers
+    batch = setting.rows(TASKS[task], "train").batch([0, 1, 2, 3])
+    optimizer = method.optimizer(model, method.lrs[0])
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved <= trained.keys()
+    assert len(moved & own.keys()) > len(own) / 2  # a bias of keys changes nothing; ReLUs may be off
+    figures = training.train(TASKS[task], method, method.lrs[0], 0, STEPS, setting)
+    tensors = 4 * numbers * (3 if name == "shira-r1" else 1)  # of SHiRA two indices beside each number
+    assert tensors < figures["bytes"] - figures["head_bytes"] < tensors + 250 * 2 * len(trained)
+
+
+@pytest.mark.parametrize("name", ["bitfit", "ia3", "shira-r1"])
+def test_a_peers_test_is_scored_with_the_parameters_of_the_run(setting: Setting, tmp_path: Path, name: str) -> None:
+    method, task, state = METHODS[name], TASKS["ud_ewt_pos"], tmp_path / "state.safetensors"
+    assert isinstance(method, Method)
+    (setting.data / task.name / "test.conll").write_bytes((setting.data / task.name / "dev.conll").read_bytes())
+    figures = training.train(task, method, method.lrs[-1], 1, STEPS, setting, state)
+    assert training.score_test(task, method, 1, setting, state) == figures["dev"]
+
+
+def test_shiras_positions_come_from_the_seed_of_the_run(setting: Setting) -> None:
+    method = METHODS["shira-r1"]
+    assert isinstance(method, Method)
+
+    def positions(seed: int) -> list[list[int]]:
+        model = training.untrained(TASKS["trec"], method, seed, setting)
+        return next(m.shira_indices["default"].tolist() for m in model.modules() if hasattr(m, "shira_indices"))
+
+    assert positions(0) == positions(0) != positions(1)
 
 
 def test_a_run_is_a_function_of_its_seed(setting: Setting) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import IA3Config, LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -60,6 +61,26 @@ def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
     return build
 
 
+def lora_row(r: int) -> Method:
+    note = f"all-linear, alpha {2 * r}, dropout 0; {HEAD_NOTE}"
+    return Method(f"lora-r{r}", note, lora(r), adamw, (1e-3, 3e-3, 1e-2))
+
+
+def bitfit(model: nn.Module, task_type: str) -> nn.Module:
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias") or in_head(name))
+    return model
+
+
+def ia3(model: nn.Module, task_type: str) -> nn.Module:
+    return get_peft_model(model, IA3Config(task_type=task_type))
+
+
+def shira(model: nn.Module, task_type: str) -> nn.Module:
+    # Without a seed PEFT draws the same positions in every run.
+    return get_peft_model(model, ShiraConfig(task_type=task_type, r=1, random_seed=torch.initial_seed()))
+
+
 METHODS: dict[str, Method | Probe] = {
     method.name: method
     for method in (
@@ -72,8 +93,16 @@ METHODS: dict[str, Method | Probe] = {
             "mask-0.0007", f"target_sparsity=0.0007; {HEAD_NOTE}", mask(target_sparsity=0.0007), mask_adamw, (5e-4,)
         ),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
-        Method("lora-r8", f"all-linear, alpha 16, dropout 0; {HEAD_NOTE}", lora(8), adamw, (1e-3, 3e-3, 1e-2)),
-        Method("lora-r1", f"all-linear, alpha 2, dropout 0; {HEAD_NOTE}", lora(1), adamw, (1e-3, 3e-3, 1e-2)),
+        *map(lora_row, (16, 8, 4, 2, 1)),
+        Method("bitfit", f"every bias, LayerNorm's too; {HEAD_NOTE}", bitfit, adamw, (1e-3, 3e-3, 1e-2)),
+        Method("ia3", f"IA3Config(): key, value and both output.dense; {HEAD_NOTE}", ia3, adamw, (3e-3, 1e-2, 3e-2)),
+        Method(
+            "shira-r1",
+            f"ShiraConfig(r=1), the smallest it offers: query and value, random positions, saved as int32; {HEAD_NOTE}",
+            shira,
+            adamw,
+            (3e-3, 1e-2, 3e-2),
+        ),
         Probe(),
     )
 }

@@ -143,7 +143,10 @@ def write_report(results: Path) -> str:
 
 
 def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against the adapter's bytes without the head; the frozen probe, which has no adapter, as a line."""
+    """Accuracy against the adapter's bytes without the head; the frozen probe, which has no adapter, as a line.
+
+    Methods that differ in their size alone, such as LoRA's ranks, share a color and a line.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -152,24 +155,37 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
     for row in rows:
         title = f"{row.task}, {row.steps} steps"
         panels.setdefault(title, []).append((row.method, row.bytes, fmean(row.test), _sd(row.test) or 0.0))
+    families = list(dict.fromkeys(_family(row.method) for row in rows))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    colors = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(row.method for row in rows))}
     for place, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.set(title=title, xscale="log", xlabel="adapter bytes, head left out", ylabel="test accuracy, %")
-        for method, size, test, sd in points:
-            if size > 0:
-                axes.errorbar(size, 100 * test, 100 * sd, fmt="o", capsize=3, color=colors[method], label=method)
-            else:
-                axes.axhline(100 * test, linestyle="--", color=colors[method], label=f"{method} (no adapter)")
+        for i, family in enumerate(families):
+            own = sorted((size, 100 * test, 100 * sd) for method, size, test, sd in points if _family(method) == family)
+            if own and own[0][0] > 0:
+                size, test, sd = zip(*own, strict=True)
+                axes.errorbar(size, test, sd, fmt="o-", lw=1, ms=5, capsize=3, color=f"C{i}", label=family)
+            elif own:
+                axes.axhline(own[0][1], linestyle="--", color=f"C{i}", label=f"{family} (no adapter)")
         axes.grid(alpha=0.3)
+    if sizes := [m["bytes"] for m in means if m["bytes"] > 0]:
+        figure.axes[0].set_xlim(min(sizes) / 20, max(sizes) * 3)  # room for the names
+    for method, size, test, _ in panels["mean over tasks"]:
+        if size > 0:
+            point = (size, 100 * test)
+            left = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right", "fontsize": 7}
+            figure.axes[0].annotate(method, point, **left)
     drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
     by_label = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower right", ncols=len(by_label))
-    figure.savefig(path, dpi=120)
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=len(by_label))
+    figure.savefig(path, dpi=110)
+
+
+def _family(method: str) -> str:
+    return method.partition("-")[0]
 
 
 def _page(found: Sequence[Result], rows: Sequence[Row], table: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -107,7 +108,8 @@ def train(
         "trained_parameters": sum(p.numel() for p in trained.values()),
     }
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        # A plain model has no adapter: of it, what was trained is saved (full fine-tuning: everything, BitFit: biases).
+        model.save_pretrained(folder, state_dict=None if isinstance(model, PeftModel) else trained)
         figures |= measure(Path(folder))
     if state is not None:
         save_file({name: p.detach().contiguous() for name, p in trained.items()}, state)
