@@ -10,6 +10,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from peft_mask.card import update_model_card
 from peft_mask.config import MaskConfig, MaskType
 from peft_mask.masks import Masks
 from peft_mask.memory import TrainingMemory, training_memory
@@ -39,6 +40,7 @@ __all__ = [
     "keep_scores",
     "saliency_candidates",
     "training_memory",
+    "update_model_card",
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig

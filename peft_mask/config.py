@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
+
+from peft_mask.card import is_card_due, update_model_card
 
 
 class MaskType(str, enum.Enum):
@@ -135,6 +138,16 @@ class MaskConfig(PeftConfig):
             "threshold": 0.01,
         }
         return cls(**(preset | fields))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        # PEFT asks no method what to say in the model card. This is what it writes last, after card and adapter, and
+        # the one method that is told the folder.
+        if is_card_due(save_directory):
+            try:
+                update_model_card(save_directory)
+            except ValueError as error:  # the adapter is saved, and a training is not lost for its card
+                warnings.warn(f"the model card in '{save_directory}' is not filled in: {error}", stacklevel=2)
 
     def _validate(self) -> None:
         _check_choice("binarizer", self.binarizer, get_args(Binarizer))

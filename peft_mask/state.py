@@ -23,6 +23,7 @@ from peft_mask.record import read_record, write_record
 _PEFT_PREFIX = "base_model.model."
 _FSDP_PREFIX = "_fsdp_wrapped_module."
 _BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
+FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_scores` adds to a file
 
 
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
@@ -128,7 +129,7 @@ def state_from_records(
             f"  masked in the file, not in the model: {sorted(records.keys() - layers.keys()) or 'none'}\n"
             "Is it an adapter of peft_mask, whole, and for this base model?"
         )
-    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, _SCORES, _POSITIONS))}
+    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, *FOR_TRAINING))}
     rebuilt = False
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():

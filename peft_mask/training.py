@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from peft_mask.candidates import by_preference
+from peft_mask.checkpoint import put_scores_back, set_scores_aside
 from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
@@ -200,7 +204,8 @@ class MaskCallback(TrainerCallback):
     A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `fill_budget` brings a file to the bytes
     it was promised; custom loops call these. With it,
     `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores. The adapter saved after training
-    holds masks only.
+    holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies "checkpoint" and
+    "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
 
     Example:
         Trainer(model=model, ..., callbacks=[MaskCallback()])
@@ -208,6 +213,7 @@ class MaskCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._statistics: MaskStatistics | None = None
+        self._aside: tuple[Path, Path] | None = None  # a checkpoint's file, and where its scores are meanwhile
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,8 +229,25 @@ class MaskCallback(TrainerCallback):
         logs.update(figures)
         state.log_history[-1].update(figures)  # Trainer has already filed a copy of `logs` there
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer calls this between writing a checkpoint and copying the adapter in it to the folder it uploads
+        if args.hub_strategy != HubStrategy.EVERY_SAVE or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        file, aside = folder / SAFETENSORS_WEIGHTS_NAME, folder / f"{SAFETENSORS_WEIGHTS_NAME}.scores"
+        if self._statistics is not None and file.is_file() and set_scores_aside(file, aside):
+            self._aside = file, aside
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._aside is not None:
+            put_scores_back(*self._aside)
+            self._aside = None
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
         fill_budget(kwargs["model"])
