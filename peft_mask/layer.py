@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.functional import apply_mask, masked_linear, masked_weight
 from peft_mask.init import initial_scores
 from peft_mask.packing import bits_from_positions, index_dtype, pack_bits, unpack_bits, zero_positions
+
+BASE = "__base__"  # PEFT's word for no adapter, in a batch of several
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -67,6 +70,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return {*self.peft_mask_scores.keys(), *self.peft_mask_bits.keys()}
+
+    @property
+    def available_adapters(self) -> set[str]:
+        """Names of the adapters that this layer has scores or bits of."""
+        return self._get_available_adapters()
 
     def _weight(self) -> torch.Tensor:
         return cast(torch.Tensor, self.get_base_layer().weight)
@@ -270,16 +278,47 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         mask = None if plain else self.binarize(adapter_name, scores.detach())
         return scores, mask, positions
 
-    def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _masked_forward(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward_with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the base layer would do with another weight."""
+        raise NotImplementedError
+
+    def _mixed_forward(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Forward each row of the batch under its own adapter; rows of one adapter together."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        available = self._get_available_adapters()
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in available else BASE, []).append(row)
+        outputs = []
+        for name, indices in rows.items():
+            weight = self._weight() if name == BASE else apply_mask(self._weight(), self.mask(name))
+            outputs.append(self._forward_with(x[indices], weight))
+        order = torch.tensor([row for indices in rows.values() for row in indices], device=x.device)
+        return torch.cat(outputs)[order.argsort()]
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
+        elif adapter_names is not None:
+            with onloaded(self):
+                return self._mixed_forward(x, adapter_names)
         elif not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters):
             with onloaded(self):
-                return self._masked_forward(x, *args, **kwargs)
+                return self._masked_forward(x)
         return self.base_layer(x, *args, **kwargs)
 
 
@@ -297,15 +336,20 @@ class Linear(MaskLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
-    def _masked_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _bias(self) -> torch.Tensor | None:
+        return cast("torch.Tensor | None", self.get_base_layer().bias)
+
+    def _forward_with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight.t() if self._transposed else weight, self._bias())
+
+    def _masked_forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, trained = self._masks_in_force()
-        bias = cast("torch.Tensor | None", self.get_base_layer().bias)
         for adapter_name in trained[1:]:
             weight = masked_weight(weight, *self._scores_in_force(adapter_name))
         if not trained:
-            return F.linear(x, weight.t() if self._transposed else weight, bias)
+            return self._forward_with(x, weight)
         scores, mask, positions = self._scores_in_force(trained[0])
-        return masked_linear(x, weight, scores, bias, mask, positions, transposed=self._transposed)
+        return masked_linear(x, weight, scores, self._bias(), mask, positions, transposed=self._transposed)
 
     def __repr__(self) -> str:
         return "peft_mask." + super().__repr__()

@@ -13,6 +13,7 @@ from torch import nn
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
+from peft_mask.mixed import rows_of
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
 from peft_mask.targets import outermost_modules, resolve_targets, tied_weights
 
@@ -295,12 +296,12 @@ class MaskModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT asks this of a method that can mix adapters in one batch, and drops `adapter_names` silently otherwise.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "peft_mask cannot mix adapters in one batch yet. Run the rows of each adapter on their own, after "
-                "set_adapter(name) or switch_adapter(name)."
-            )
-        yield
+        if (adapter_names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        with rows_of(self.model, adapter_names, copies):
+            yield
 
     # ---- saving and loading ----
 

@@ -396,12 +396,6 @@ def test_a_layer_of_another_method_is_refused():
         get_peft_model(model, MaskConfig(target_modules=["0"]))
 
 
-def test_a_batch_of_several_adapters_is_refused_instead_of_ignored():
-    model = get_peft_model(tiny_model("bert"), MaskConfig(task_type="SEQ_CLS")).eval()
-    with pytest.raises(ValueError, match="cannot mix adapters in one batch yet"):
-        model(**tiny_inputs(model), adapter_names=["default", "__base__"])
-
-
 def test_a_meta_weight_cannot_be_computed_with():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))

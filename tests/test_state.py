@@ -158,6 +158,13 @@ def test_another_base_of_the_same_shape_is_refused(adapter):
         PeftModel.from_pretrained(mlp(seed=5), adapter)
 
 
+def test_a_mask_that_keeps_everything_is_accepted_on_every_base(tmp_path):
+    config = MaskConfig(target_modules=["0"])
+    get_peft_model(mlp(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(mlp(seed=5), tmp_path)
+    assert model.base_model.model[0].mask("default").all()
+
+
 def test_the_escape_named_in_the_error_works(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["check_base"] = False
