@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
-from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
+from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
+from peft_mask.modules import ParamWrapper, mask_layer_type
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
-from peft_mask.targets import outermost_modules, resolve_targets, tied_weights
+from peft_mask.targets import checked_shapes, resolve_targets
 
 
 class MaskModel(BaseTuner):
@@ -41,41 +42,23 @@ class MaskModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
-        shapes = self._check_targets(peft_config)
+        shapes = checked_shapes(self.model, peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             peft_config.target_sparsity = sparsity_for_bytes(
                 lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)
             )
         return peft_config
 
-    def _check_targets(self, config: MaskConfig) -> dict[str, torch.Size]:
-        """Refuse, before anything changes, what could not be masked or would be masked without effect.
-
-        Returns the shapes of the weights to be masked, by name.
-        """
-        tied = tied_weights(self.model)
-        shapes = {}
-        for name, module in outermost_modules(self.model):
-            if not name or not self._check_target_module_exists(config, name):
-                continue
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLayer):
+    def _check_new_adapter_config(self, config: MaskConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
+            if other is not config and ours and theirs and ours != theirs:
+                # where a wrapper stands among those of its module is part of the names in the file
                 raise ValueError(
-                    f"cannot mask '{name}': it already carries an adapter of type {type(module).__module__}. Masks do "
-                    "not combine with other methods in one layer; unload that adapter first."
+                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
+                    f"new one {sorted(ours)}."
                 )
-            base = module.get_base_layer() if isinstance(module, MaskLayer) else module
-            if reason := unsupported_reason(base):
-                raise ValueError(
-                    f"Target module '{name}' of type {type(base).__name__} is not supported: {reason}. Leave it out of "
-                    "target_modules, or name it in exclude_modules."
-                )
-            if others := tied.get(cast(nn.Parameter, base.weight), set()) - {name}:
-                raise ValueError(
-                    f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked until "
-                    "merging and masked afterwards. Leave it out of target_modules, or untie the weights first."
-                )
-            shapes[name] = cast(nn.Parameter, base.weight).shape
-        return shapes
 
     def _create_and_replace(
         self,
@@ -87,10 +70,17 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, MaskLayer):
+        layer: MaskLayer
+        if parameter_name is not None:
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(adapter_name, peft_config, current_key)
+                return
+            layer = ParamWrapper(target, adapter_name, peft_config, current_key, parameter_name)
+        elif isinstance(target, MaskLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        layer = Linear(target, adapter_name, peft_config, current_key)
+        else:
+            layer = mask_layer_type(target)(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
         self._replace_module(parent, target_name, layer, target)

@@ -80,10 +80,10 @@ def records_of_adapter(
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
         bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
+        shape = layer.mask_shape
         with onloaded(layer):
-            weight = layer.unmerged_weight()
-            tensors[bits_key] = write_record(bits, weight.shape, layer.fingerprint())
-        if count_zeros(bits, weight.shape) == weight.numel():
+            tensors[bits_key] = write_record(bits, shape, layer.fingerprint())
+        if count_zeros(bits, shape) == shape.numel():
             dead.append(_module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
