@@ -35,7 +35,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("peft_mask_scores",)
     other_param_names = ("peft_mask_bits", "peft_mask_positions")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.peft_mask_scores = nn.ParameterDict()
@@ -48,6 +48,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
 
     # ---- adapters ----
 
@@ -79,6 +81,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def stored(self) -> StoredWeight:
         """The base weight as it is stored."""
         return StoredWeight(self.get_base_layer())
+
+    @property
+    def in_features(self) -> int:
+        """Width of what goes in, by PEFT's name for it."""
+        return self.mask_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of what comes out, by PEFT's name for it."""
+        return self.mask_shape[0]
 
     @property
     def mask_shape(self) -> torch.Size:
@@ -155,7 +167,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight = self.unmerged_weight()
         if weight.is_meta or type(weight) not in (torch.Tensor, nn.Parameter) or weight.shape.numel() == 0:
             return self._fingerprint
-        return fingerprint_of(weight)
+        return fingerprint_of(weight, exact=None if self.stored.exact else False)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
@@ -214,7 +226,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self._get_available_adapters():
                 continue
             stored = self.stored
-            positions = self._zero_positions(adapter_name).to(stored.parameter.device, torch.int64)
+            positions = self._zero_positions(adapter_name).to(stored.device, torch.int64)
             if safe_merge and not apply_mask(stored.values(), self.mask(adapter_name)).isfinite().all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
@@ -322,4 +334,4 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
-    return onload_layer(layer) if layer.stored.is_meta else nullcontext()
+    return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()

@@ -14,7 +14,8 @@ from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
-from peft_mask.modules import ParamWrapper, mask_layer_type
+from peft_mask.modules import mask_layer_type
+from peft_mask.stand_in import ParamWrapper
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
 from peft_mask.targets import checked_shapes, resolve_targets
 

@@ -183,7 +183,8 @@ def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskC
                 f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
                 "file damaged?"
             ) from error
-        foreign = config.check_base and not weight.is_meta and not record.fingerprint.matches(weight)
+        exact = None if layer.stored.exact else False
+        foreign = config.check_base and not weight.is_meta and not record.fingerprint.matches(weight, exact=exact)
         if foreign and count_zeros(record.bits, weight.shape):  # a mask that keeps everything is right for every base
             raise ValueError(
                 f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "

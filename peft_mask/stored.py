@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
 
-Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and what is stored there otherwise
+Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight that is stored as it is: a parameter of a floating dtype.
+    """A weight that is stored as it is, as a parameter of a floating dtype; other ways to store one are subclasses.
+
+    What is stored for one weight is called an element. Switching a weight off stores another element in its place.
 
     Attributes:
         module: the layer that owns it.
@@ -25,11 +27,11 @@ class StoredWeight:
     module: nn.Module
     name: str = "weight"
 
-    zero = 0  # what an element is set to that is switched off
+    exact: ClassVar[bool] = True  # whether the values are free of quantization error
 
     @property
     def parameter(self) -> torch.Tensor:
-        """The parameter that holds the weight. Elements are read from it and written into it."""
+        """The parameter that holds the elements."""
         return cast(torch.Tensor, getattr(self.module, self.name))
 
     @property
@@ -38,9 +40,14 @@ class StoredWeight:
         return self.parameter.shape
 
     @property
-    def is_meta(self) -> bool:
-        """Whether the weight has no values."""
-        return self.parameter.is_meta
+    def device(self) -> torch.device:
+        """Device of the weight; the meta device if it has no values."""
+        return self.parameter.device
+
+    @property
+    def value_bytes(self) -> int:
+        """Size of `values()`."""
+        return self.parameter.nbytes
 
     def values(self) -> torch.Tensor:
         """Return the weight as a floating tensor of its shape; if it is trained, gradients reach it."""
@@ -48,25 +55,24 @@ class StoredWeight:
 
     def values_with(self, displaced: Sequence[Displaced]) -> torch.Tensor:
         """Return the values as they would be if these elements were put back, one set after another."""
-        weight = self.parameter.data
+        elements = self._elements()
         if displaced:
-            weight = weight.clone()
-            for positions, elements in displaced:
-                weight.put_(positions.to(weight.device), elements.to(weight.device))
-        return weight
+            elements = elements.clone()
+            for positions, former in displaced:
+                self._put(elements, positions, former)
+        return self._values_of(elements)
 
     def take(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return the elements at row-major positions (int64) as they are stored."""
-        return self.parameter.data.take(positions)
+        """Return the elements at row-major positions (int64)."""
+        return self._take(self._elements(), positions)
 
     def put(self, positions: torch.Tensor, elements: torch.Tensor) -> None:
         """Store what `take` returned, in place."""
-        weight = self.parameter.data
-        weight.put_(positions.to(weight.device), elements.to(weight.device))
+        self._put(self._elements(), positions, elements)
 
     def switch_off(self, positions: torch.Tensor) -> None:
-        """Store a zero at each of these positions, in place."""
-        self.put(positions, torch.full_like(positions, self.zero, dtype=self.parameter.dtype))
+        """Store the element of the value zero at each of these positions, in place."""
+        self.put(positions, torch.full_like(positions, self._zero(), dtype=self._elements().dtype))
 
     @contextmanager
     def replaced_by(self, values: torch.Tensor) -> Iterator[None]:
@@ -83,3 +89,18 @@ class StoredWeight:
             yield
         finally:
             owner[self.name] = parameter
+
+    def _elements(self) -> torch.Tensor:
+        return self.parameter.data
+
+    def _values_of(self, elements: torch.Tensor) -> torch.Tensor:
+        return elements
+
+    def _zero(self) -> int:
+        return 0
+
+    def _take(self, elements: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return elements.take(positions.to(elements.device))
+
+    def _put(self, elements: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
+        elements.put_(positions.to(elements.device), new.to(elements.device))

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer
-from peft_mask.modules import ParamWrapper, mask_layer_type, stored_weights
+from peft_mask.modules import mask_layer_type, stored_weights
+from peft_mask.stand_in import ParamWrapper
 from peft_mask.stored import StoredWeight
 
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -67,6 +67,7 @@ CONFIGS = {
     "seq_classifier": _row("SEQ_CLS"),
     "token_classification": _row("TOKEN_CLS"),
     "question_answering": _row("QUESTION_ANS"),
+    "quantization": _row("CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
     "config": [(MaskConfig, {})],
 }
 
