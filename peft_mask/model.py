@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
+from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
 from peft_mask.modules import mask_layer_type
+from peft_mask.packing import pack_bits
 from peft_mask.stand_in import ParamWrapper
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
 from peft_mask.targets import checked_shapes, resolve_targets
@@ -185,6 +189,52 @@ class MaskModel(BaseTuner):
         for module, layer in layers.items():
             layer.set_candidates(name, changes[module])
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "intersection",
+    ) -> None:
+        """Add an adapter whose mask is what others come to together (see `combined_mask`).
+
+        The new adapter holds bits and is not trained. A layer that one of the others does not mask is kept whole in its
+        view. A task head is a copy of that of the first of `adapters`, since there is no vote between heads.
+
+        Args:
+            adapters: names of loaded adapters, trained or for inference.
+            weights: how much the vote of each counts; positive.
+            adapter_name: name of the new adapter.
+            combination_type: `"intersection"`, `"union"` or `"majority"`.
+
+        Raises:
+            ValueError: if an adapter is not there, the new name is taken, or the votes have no meaning; nothing has
+                changed then.
+
+        Source: the signature is that of LoRA's `add_weighted_adapter`.
+        """
+        check_votes(adapters, weights, combination_type)
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"no adapters named {missing}; loaded are {sorted(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter named '{adapter_name}' already: delete it, or take another name.")
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, MaskLayer) and not layer.available_adapters.isdisjoint(adapters)
+        }
+        self.peft_config[adapter_name] = _combined_config([self.peft_config[name] for name in adapters], layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
+            masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
+            bits = layer.peft_mask_bits[adapter_name]
+            bits.copy_(pack_bits(combined_mask(masks, weights, combination_type)))
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
+                first = module.modules_to_save[adapters[0]]
+                module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
+
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:
             raise ValueError(f"name the adapter: {self.active_adapters} are active.")
@@ -312,6 +362,24 @@ class MaskModel(BaseTuner):
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return state_from_records(model, config, adapter_name, state_dict)
+
+
+def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer]) -> MaskConfig:
+    """Return the configuration of an adapter that masks all these layers, after the first of `configs`."""
+    sparsities = [config.target_sparsity for config in configs if config.target_sparsity is not None]
+    return dataclasses.replace(
+        configs[0],
+        inference_mode=True,
+        # parts of what a module masks carry its name already, and target_parameters are the same for all
+        target_modules={
+            name for name, layer in layers.items() if ".base_layer" not in name and not isinstance(layer, ParamWrapper)
+        },
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        target_bytes=None,
+        target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
+    )
 
 
 def _largest(config: MaskConfig) -> float:
