@@ -73,6 +73,8 @@ class MaskConfig(PeftConfig):
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
+        record_bytes: not to be set: written on saving, the length of each record in `adapter_model.safetensors`, in the
+            order of module names. transformers' `model.load_adapter` cannot load the masks without it.
 
     Raises:
         ValueError: if a field is out of range; the message names it.
@@ -103,6 +105,7 @@ class MaskConfig(PeftConfig):
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
+    record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +157,9 @@ class MaskConfig(PeftConfig):
         _check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
         _check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
         self._validate_budget()
+        sizes = self.record_bytes
+        if sizes is not None and not (isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)):
+            raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
         _check_choice("structure", self.structure, get_args(Structure))
         if not isinstance(self.init_weights, bool):
             _check_choice("init_weights", self.init_weights, get_args(InitWeights), also="True or False")

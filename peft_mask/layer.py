@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask.binarize import binarize_threshold, binarize_topk
+from peft_mask.bits import BitsDict
 from peft_mask.budget import budget_zeros
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
@@ -40,7 +41,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.peft_mask_scores = nn.ParameterDict()
-        self.peft_mask_bits = BufferDict(persistent=True)
+        self.peft_mask_bits = BitsDict()
         self.peft_mask_positions = BufferDict(persistent=True)
         self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
         self._disable_adapters = False
@@ -53,11 +54,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     # ---- adapters ----
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
-        """Add an adapter: packed bits (all kept, to be loaded) in inference mode, else starting scores."""
+        """Add an adapter: room for packed bits that are to be loaded in inference mode, else starting scores."""
         weight = self.unmerged_weight()
         self._fingerprint = self.fingerprint()
         if config.inference_mode:
-            self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(weight.shape, dtype=torch.bool, device="cpu"))
+            self.peft_mask_bits.wait_for(adapter_name, name)
         else:
             positions = choose_candidates(weight, config, name)
             if positions is not None:
@@ -164,9 +165,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
 
         Raises:
-            ValueError: if a score is NaN, which has no mask.
+            ValueError: if a score is NaN, which has no mask, or if no mask was loaded.
         """
         if adapter_name in self.peft_mask_bits:
+            self.peft_mask_bits.check_filled(adapter_name)
             return self.peft_mask_bits[adapter_name]
         scores = self.peft_mask_scores[adapter_name].detach()
         if scores.isnan().any():

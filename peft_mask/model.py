@@ -14,6 +14,7 @@ from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
 from peft_mask.mixed import rows_of
+from peft_mask.native import make_room, record_sizes, sizes_by_module
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
 from peft_mask.targets import outermost_modules, resolve_targets, tied_weights
 
@@ -42,6 +43,7 @@ class MaskModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
         shapes = self._check_targets(peft_config)
+        self._record_bytes = sizes_by_module(peft_config, shapes) if peft_config.inference_mode else {}
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             peft_config.target_sparsity = sparsity_for_bytes(
                 lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)
@@ -88,12 +90,15 @@ class MaskModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, MaskLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
-            return
-        layer = Linear(target, adapter_name, peft_config, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
-        self._replace_module(parent, target_name, layer, target)
+            layer = target
+            layer.update_layer(adapter_name, peft_config, current_key)
+        else:
+            layer = Linear(target, adapter_name, peft_config, current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
+            self._replace_module(parent, target_name, layer, target)
+        if current_key in self._record_bytes:
+            make_room(layer, adapter_name, peft_config, current_key, self._record_bytes[current_key])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
@@ -314,7 +319,10 @@ class MaskModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        return records_of_adapter(model, adapter_name, state_dict)
+        tensors = records_of_adapter(model, adapter_name, state_dict)
+        if tensors:  # the configuration is written after them, and beside them
+            config.record_bytes = record_sizes(tensors, adapter_name)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
