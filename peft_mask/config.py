@@ -110,6 +110,7 @@ class MaskConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MaskType.PEFT_MASK
+        self._from_file = self.record_bytes is not None  # nobody else knows them when a configuration is made
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -142,6 +143,11 @@ class MaskConfig(PeftConfig):
         }
         return cls(**(preset | fields))
 
+    @property
+    def records_to_come(self) -> list[int]:
+        """`record_bytes` of a file that is about to be loaded; empty for a new adapter, or if they are unknown."""
+        return self.record_bytes or [] if self._from_file or self.inference_mode else []
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         # PEFT asks no method what to say in the model card. This is what it writes last, after card and adapter, and
@@ -157,8 +163,9 @@ class MaskConfig(PeftConfig):
         _check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
         _check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
         self._validate_budget()
-        sizes = self.record_bytes
-        if sizes is not None and not (isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)):
+        if (sizes := self.record_bytes) is not None and not (
+            isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+        ):
             raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
         _check_choice("structure", self.structure, get_args(Structure))
         if not isinstance(self.init_weights, bool):

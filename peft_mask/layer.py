@@ -196,6 +196,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.peft_mask_bits.close(adapter_name)
         self._zeros.pop(adapter_name, None)
         self._known_zeros.pop(adapter_name, None)
 

@@ -43,7 +43,7 @@ class MaskModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
         shapes = self._check_targets(peft_config)
-        self._record_bytes = sizes_by_module(peft_config, shapes) if peft_config.inference_mode else {}
+        self._record_bytes = sizes_by_module(peft_config, shapes)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             peft_config.target_sparsity = sparsity_for_bytes(
                 lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)

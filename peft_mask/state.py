@@ -133,11 +133,9 @@ def state_from_records(
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
     rebuilt = False
     loaded: dict[str, torch.Tensor] = {}
-    filled: list[tuple[MaskLayer, torch.Tensor]] = []
     for name, (path, layer) in layers.items():
         bits = checked_bits(name, layer, records[name], config)
         if adapter_name in layer.peft_mask_bits:
-            filled.append((layer, bits))
             loaded[f"{path}{BITS}.{adapter_name}"] = bits
             continue
         parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
@@ -153,7 +151,7 @@ def state_from_records(
                     "is damaged, or its adapter_config.json was changed."
                 )
         else:
-            value, positions = _rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
+            value, positions = rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
             rebuilt = True
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
@@ -165,8 +163,11 @@ def state_from_records(
             "had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
             stacklevel=2,
         )
-    for layer, bits in filled:  # now that all are accepted: the layers wait with room of no, or another, size
-        layer.peft_mask_bits.fill(adapter_name, bits)
+    for path, layer in layers.values():  # now that all masks are accepted, in place of room for their records
+        if (bits_key := f"{path}{BITS}.{adapter_name}") in loaded:
+            layer.peft_mask_bits.fill(adapter_name, loaded[bits_key])
+        else:
+            layer.peft_mask_bits.close(adapter_name)
     return others | loaded
 
 
@@ -204,7 +205,7 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
     return record.bits
 
 
-def _rebuilt_scores(
+def rebuilt_scores(
     name: str, layer: MaskLayer, bits: torch.Tensor, config: MaskConfig, sparse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores that come to the mask `bits`, and their positions if there are to be candidates."""
