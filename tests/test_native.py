@@ -1,6 +1,7 @@
 """transformers' own door: whatever way an adapter comes in, it does what `PeftModel.from_pretrained` makes of it."""
 
 import copy
+import functools
 import json
 import pickle
 import shutil
@@ -33,10 +34,6 @@ from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_heads, tiny_inputs, tin
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-# PEFT says so of every method, when transformers gives a model its second adapter
-several = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 
 
 def tensors_of(output):
@@ -84,6 +81,7 @@ def base_in(folder):
     return AutoModelForSequenceClassification.from_pretrained(folder / "base")
 
 
+@functools.cache
 def expected(folder, name):
     return outputs(PeftModel.from_pretrained(base_in(folder), folder / name).eval())
 
@@ -141,7 +139,6 @@ def named_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MaskLayer)]
 
 
-@several
 def test_adapters_are_set_disabled_enabled_and_deleted(folder):
     model = base_in(folder)
     bare = outputs(model)
@@ -167,7 +164,6 @@ def test_adapters_are_set_disabled_enabled_and_deleted(folder):
     assert equal(outputs(model), expected(folder, "two"))
 
 
-@several
 def test_two_adapters_set_at_once_mask_with_their_product(tmp_path):
     model = tiny_model("bert", "base")
     for seed, name in enumerate(["one", "two"]):
