@@ -74,6 +74,8 @@ class MaskConfig(PeftConfig):
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
+        record_bytes: not to be set: written on saving, the length of each record in `adapter_model.safetensors`, in the
+            order of module names. transformers' `model.load_adapter` cannot load the masks without it.
 
     Raises:
         ValueError: if a field is out of range; the message names it.
@@ -104,10 +106,12 @@ class MaskConfig(PeftConfig):
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to mask."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
+    record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MaskType.PEFT_MASK
+        self._from_file = self.record_bytes is not None  # nobody else knows them when a configuration is made
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -140,6 +144,11 @@ class MaskConfig(PeftConfig):
         }
         return cls(**(preset | fields))
 
+    @property
+    def records_to_come(self) -> list[int]:
+        """`record_bytes` of a file that is about to be loaded; empty for a new adapter, or if they are unknown."""
+        return self.record_bytes or [] if self._from_file or self.inference_mode else []
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         # PEFT asks no method what to say in the model card. This is what it writes last, after card and adapter, and
@@ -155,6 +164,10 @@ class MaskConfig(PeftConfig):
         _check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
         _check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
         self._validate_budget()
+        if (sizes := self.record_bytes) is not None and not (
+            isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+        ):
+            raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
         _check_choice("structure", self.structure, get_args(Structure))
         if not isinstance(self.init_weights, bool):
             _check_choice("init_weights", self.init_weights, get_args(InitWeights), also="True or False")

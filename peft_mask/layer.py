@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 
 from peft_mask.binarize import binarize_threshold, binarize_topk
+from peft_mask.bits import BitsDict
 from peft_mask.budget import budget_zeros
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
@@ -39,7 +40,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.peft_mask_scores = nn.ParameterDict()
-        self.peft_mask_bits = BufferDict(persistent=True)
+        self.peft_mask_bits = BitsDict()
         self.peft_mask_positions = BufferDict(persistent=True)
         self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
         self._disable_adapters = False
@@ -54,11 +55,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     # ---- adapters ----
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
-        """Add an adapter: packed bits (all kept, to be loaded) in inference mode, else starting scores."""
+        """Add an adapter: room for packed bits that are to be loaded in inference mode, else starting scores."""
         weight = self.unmerged_weight()
         self._fingerprint = self.fingerprint()
         if config.inference_mode:
-            self.peft_mask_bits[adapter_name] = pack_bits(torch.ones(weight.shape, dtype=torch.bool, device="cpu"))
+            self.peft_mask_bits.wait_for(adapter_name, name)
         else:
             positions = choose_candidates(weight, config, name)
             if positions is not None:
@@ -177,9 +178,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
 
         Raises:
-            ValueError: if a score is NaN, which has no mask.
+            ValueError: if a score is NaN, which has no mask, or if no mask was loaded.
         """
         if adapter_name in self.peft_mask_bits:
+            self.peft_mask_bits.check_filled(adapter_name)
             return self.peft_mask_bits[adapter_name]
         scores = self.peft_mask_scores[adapter_name].detach()
         if scores.isnan().any():
@@ -207,6 +209,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.peft_mask_bits.close(adapter_name)
         self._zeros.pop(adapter_name, None)
         self._known_zeros.pop(adapter_name, None)
 

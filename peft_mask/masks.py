@@ -138,7 +138,8 @@ class Masks(Mapping[str, Tensor]):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{_PREFIX}{name}{_SUFFIX}": mask.record for name, mask in self._masks.items()}
-        text = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
+        sizes = [len(self._masks[name].record) for name in sorted(self._masks)]  # for transformers, see MaskConfig
+        text = json.dumps(self._config | {"record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
         _write(folder / _WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         _write(folder / _CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 

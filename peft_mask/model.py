@@ -18,6 +18,7 @@ from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
 from peft_mask.modules import mask_layer_type
+from peft_mask.native import make_room, record_sizes
 from peft_mask.packing import pack_bits
 from peft_mask.stand_in import ParamWrapper
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
@@ -89,6 +90,10 @@ class MaskModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
         self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        make_room(model, adapter_name, self.peft_config[adapter_name])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
@@ -228,8 +233,8 @@ class MaskModel(BaseTuner):
         for layer in layers.values():
             kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
             masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
-            bits = layer.peft_mask_bits[adapter_name]
-            bits.copy_(pack_bits(combined_mask(masks, weights, combination_type)))
+            bits = pack_bits(combined_mask(masks, weights, combination_type))
+            layer.peft_mask_bits.fill(adapter_name, bits)
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
                 first = module.modules_to_save[adapters[0]]
@@ -355,7 +360,10 @@ class MaskModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        return records_of_adapter(model, adapter_name, state_dict)
+        tensors = records_of_adapter(model, adapter_name, state_dict)
+        if tensors:  # the configuration is written after them, and beside them
+            config.record_bytes = record_sizes(tensors, adapter_name)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -378,6 +386,7 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
         layers_to_transform=None,
         layers_pattern=None,
         target_bytes=None,
+        record_bytes=None,
         target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
     )
 

@@ -22,7 +22,7 @@ from peft_mask.record import read_record, write_record
 
 _PEFT_PREFIX = "base_model.model."
 _FSDP_PREFIX = "_fsdp_wrapped_module."
-_BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
+BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
 FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_scores` adds to a file
 
 
@@ -65,14 +65,15 @@ def records_of_adapter(
         `keep_scores` asked for them.
 
     Raises:
-        ValueError: if scores contain NaN.
+        ValueError: if scores contain NaN, or a mask was never loaded.
     """
     if not state_dict:  # a rank that is not to save
         return {}
     tensors: dict[str, torch.Tensor] = {}
     dead = []
     for path, layer in layers_of_adapter(model, adapter_name).items():
-        bits_key, scores_key = f"{path}{_BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
+        layer.peft_mask_bits.check_filled(adapter_name)
+        bits_key, scores_key = f"{path}{BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
         scores = state_dict.get(scores_key)
         if scores is not None and scores.isnan().any():
             raise ValueError(
@@ -120,8 +121,8 @@ def state_from_records(
             another shape, or (`config.check_base`) if it was made for another base weight.
     """
     layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
-    records = _named(state_dict, _BITS)
-    scores, candidates = _named(state_dict, _SCORES), _named(state_dict, _POSITIONS)
+    records = named(state_dict, BITS)
+    scores, candidates = named(state_dict, _SCORES), named(state_dict, _POSITIONS)
     if records.keys() != layers.keys():
         raise ValueError(
             f"cannot load the adapter '{adapter_name}': its file and the model do not mask the same layers.\n"
@@ -129,13 +130,13 @@ def state_from_records(
             f"  masked in the file, not in the model: {sorted(records.keys() - layers.keys()) or 'none'}\n"
             "Is it an adapter of peft_mask, whole, and for this base model?"
         )
-    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((_BITS, *FOR_TRAINING))}
+    others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
     rebuilt = False
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():
-        bits = _checked_bits(name, layer, records[name], config)
+        bits = checked_bits(name, layer, records[name], config)
         if adapter_name in layer.peft_mask_bits:
-            loaded[f"{path}{_BITS}.{adapter_name}"] = bits
+            loaded[f"{path}{BITS}.{adapter_name}"] = bits
             continue
         parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
         if name in scores:
@@ -150,7 +151,7 @@ def state_from_records(
                     "is damaged, or its adapter_config.json was changed."
                 )
         else:
-            value, positions = _rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
+            value, positions = rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
             rebuilt = True
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
@@ -162,10 +163,16 @@ def state_from_records(
             "had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
             stacklevel=2,
         )
+    for path, layer in layers.values():  # now that all masks are accepted, in place of room for their records
+        if (bits_key := f"{path}{BITS}.{adapter_name}") in loaded:
+            layer.peft_mask_bits.fill(adapter_name, loaded[bits_key])
+        else:
+            layer.peft_mask_bits.close(adapter_name)
     return others | loaded
 
 
-def _named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names end in `suffix`, by the name of their module in the base model."""
     return {_module_name(key.removesuffix(suffix)): value for key, value in state_dict.items() if key.endswith(suffix)}
 
 
@@ -173,7 +180,12 @@ def _module_name(path: str) -> str:
     return path.removeprefix(_PEFT_PREFIX)
 
 
-def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
+def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
+    """Decode the record of a layer's mask.
+
+    Raises:
+        ValueError: if it is damaged, of another shape or (`config.check_base`) for another base weight.
+    """
     with onloaded(layer):
         weight = layer.unmerged_weight()
         try:
@@ -194,7 +206,7 @@ def _checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskC
     return record.bits
 
 
-def _rebuilt_scores(
+def rebuilt_scores(
     name: str, layer: MaskLayer, bits: torch.Tensor, config: MaskConfig, sparse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores that come to the mask `bits`, and their positions if there are to be candidates."""

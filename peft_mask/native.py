@@ -1,0 +1,58 @@
+"""transformers' own door, `model.load_adapter` and all that calls it: records that come by name, past PEFT's hooks.
+
+A record may have any length, and what is loaded by name must have the shape of what is there. So an adapter's
+configuration says how long its records are, a layer makes room of that length, and a record that comes is checked and
+decoded at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peft_mask.config import MaskConfig
+from peft_mask.layer import MaskLayer
+from peft_mask.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
+
+
+def record_sizes(tensors: Mapping[str, Tensor], adapter_name: str) -> list[int]:
+    """Return what `MaskConfig.record_bytes` says of a file: the length of each record, in the order of module names.
+
+    Args:
+        tensors: what the file is made of, by name with the adapter's (see `records_of_adapter`).
+        adapter_name: which adapter.
+    """
+    records = named(tensors, f"{BITS}.{adapter_name}")
+    return [len(records[name]) for name in sorted(records)]
+
+
+def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
+    """Let an adapter's layers take their records by name: as bits or, if it is to be trained on, as scores.
+
+    The latter start as with PEFT, from `init_margin` on either side of the threshold; if the file holds scores as well,
+    these come after the record and by their own names. Nothing is done if the configuration does not say how long the
+    records are, or says it of other layers.
+    """
+    layers = layers_of_adapter(model, adapter_name)
+    names, sizes = sorted(layers), config.records_to_come
+    if len(names) == len(sizes):
+        for name, size in zip(names, sizes, strict=True):
+            receive = partial(_receive, layers[name], adapter_name, config, name)
+            layers[name].peft_mask_bits.make_room(adapter_name, size, receive)
+
+
+def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, data: Tensor) -> None:
+    bits = checked_bits(module_name, layer, data, config)
+    if adapter_name in layer.peft_mask_bits:
+        layer.peft_mask_bits.fill(adapter_name, bits)
+        return
+    current = layer.positions(adapter_name)
+    scores, positions = rebuilt_scores(module_name, layer, bits, config, sparse=current is not None)
+    with torch.no_grad():
+        layer.peft_mask_scores[adapter_name].copy_(scores)
+        if current is not None and positions is not None:
+            current.copy_(positions)
+    layer.peft_mask_bits.close(adapter_name)
