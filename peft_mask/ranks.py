@@ -21,6 +21,7 @@ from peft_mask.packing import kept_positions, pack_bits
 Array = NDArray[np.int64]
 
 _HEAD = struct.Struct("<HI")  # least magnitude, checksum of which weights have it
+HEAD_BYTES = _HEAD.size
 _INFINITY = 0x7F80  # in bfloat16; what is above would be NaN
 _CHUNK = 1 << 19  # weights looked at together: these stay in a CPU's cache
 
