@@ -13,7 +13,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_mask.masks import read_headers
-from peft_mask.record import Header
+from peft_mask.record import RANKS, Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"
@@ -123,8 +123,14 @@ It switches off {sparsity:.2%} of the weights it masks{f" in `{base}`" if base e
 | bytes of the masks | {coded:,} |
 | bytes of `{_WEIGHTS_FILE}`, task head included | {size:,} |
 
-{_usage(config)}
+{_usage(config)}{_needs_base(records)}
 {_END}"""
+
+
+def _needs_base(records: list[tuple[Header, int]]) -> str:
+    if all(header.codec != RANKS for header, _ in records):
+        return ""
+    return "\n\nIt is coded against the weights of the base model: load that in float32 or bfloat16."
 
 
 def _usage(config: dict[str, Any]) -> str:

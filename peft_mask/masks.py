@@ -316,6 +316,8 @@ def _weight_of(name: str, base: nn.Module) -> Tensor:
             f"the base model, a {type(base).__name__}, has no module '{name}': give the model that the masks are for, "
             "of the class it was trained as, without adapters."
         ) from None
+    if hasattr(module, "base_layer"):
+        raise ValueError(f"the base model carries an adapter at '{name}', whose weights may be changed: give it without.")
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta:
         raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
