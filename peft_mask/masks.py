@@ -283,7 +283,9 @@ def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> _Mask:
     try:
         record = read_record(data, base=weight)
     except WrongBaseError as error:
-        advice = ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)" if weight is None else ""
+        advice = (
+            ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)" if weight is None else ""
+        )
         raise WrongBaseError(f"cannot load the mask of '{name}' from '{file}': {error}{advice}.") from error
     except ValueError as error:
         raise ValueError(
@@ -294,7 +296,7 @@ def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> _Mask:
 
 
 def read_headers(file: Path) -> list[tuple[Header, int]]:
-    """Read the headers of the masks in a file, and the bytes of each record, without the base some may be coded against.
+    """Read what a file says of its masks without the masks, which may be coded against a base: headers, record sizes.
 
     Raises:
         ValueError: the file is damaged, or has no masks. The message names it.
@@ -317,7 +319,9 @@ def _weight_of(name: str, base: nn.Module) -> Tensor:
             "of the class it was trained as, without adapters."
         ) from None
     if hasattr(module, "base_layer"):
-        raise ValueError(f"the base model carries an adapter at '{name}', whose weights may be changed: give it without.")
+        raise ValueError(
+            f"the base model carries an adapter at '{name}', whose weights may be changed: give it without."
+        )
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.is_meta:
         raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
@@ -332,7 +336,9 @@ def _coded_against(name: str, mask: _Mask, base: nn.Module) -> Tensor:
             "otherwise: load the base model in float32 or bfloat16, or save without it."
         )
     if weight.shape != mask.shape:
-        raise ValueError(f"the mask of '{name}' is for a weight of shape {mask.shape}, the base model's is {weight.shape}.")
+        raise ValueError(
+            f"the mask of '{name}' is for a weight of shape {mask.shape}, the base model's is {weight.shape}."
+        )
     _check_fingerprint(name, mask, weight)
     return write_record(mask.bits, mask.shape, mask.fingerprint, weight)
 

@@ -210,7 +210,9 @@ def _padding(shape: Sequence[int]) -> int:
 
 
 _COUNTS = np.array([value.bit_count() for value in range(256)], np.uint8)  # of the bits set in a byte
-_PLACES = np.array([sorted(range(8), key=lambda bit: not value >> bit & 1) for value in range(256)], np.uint8)  # of them
+_PLACES = np.array(
+    [sorted(range(8), key=lambda bit: not value >> bit & 1) for value in range(256)], np.uint8
+)  # of them
 _LOWEST_BIT = np.array([0] + [(value & -value).bit_length() - 1 for value in range(1, 256)])
 
 

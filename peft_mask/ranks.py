@@ -1,8 +1,8 @@
 """Positions of zeros <-> bytes that only the holder of the base weight can read: ranks among its large weights.
 
 A good mask switches off large weights: by default half a per cent of a matrix, all of them among its largest tenth. To
-say which of that tenth takes a third fewer bytes than to say which of all; but then the tenth must be known. It is found
-in the magnitudes rounded to bfloat16, which are the same whether a base is held in float32 or in bfloat16.
+say which of that tenth takes a third fewer bytes than to say which of all; but then the tenth must be known. It is
+found in the magnitudes rounded to bfloat16, which are the same whether a base is held in float32 or in bfloat16.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _magnitudes(values: Tensor) -> Tensor:
 
 
 def _checksum(bits: Tensor) -> int:
-    return zlib.crc32(bits.numpy())
+    return zlib.crc32(bits.numpy().tobytes())
 
 
 def _count(bits: Tensor) -> int:

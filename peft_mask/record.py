@@ -71,9 +71,7 @@ def frame_bytes(shape: Sequence[int]) -> int:
     return 52 + 4 * len(shape)
 
 
-def write_record(
-    bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, base: Tensor | None = None
-) -> Tensor:
+def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, base: Tensor | None = None) -> Tensor:
     """Write a mask as a record: packed bits, coded gaps or, against a base weight, coded ranks, whichever is shortest.
 
     Args:

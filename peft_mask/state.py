@@ -117,7 +117,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
 
 
 def _is_exact(weight: torch.Tensor) -> bool:
-    """Whether a base weight can be coded against: here whole, and as everybody has it who loads it to full precision."""
+    """Whether a base weight can be coded against: it is here, whole, and in a dtype that all readers round alike."""
     whole = not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter)
     return whole and weight.dtype in (torch.float32, torch.bfloat16)
 

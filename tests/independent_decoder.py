@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 
 def decode(record: bytes, base: Sequence[float] = ()) -> tuple[tuple[int, ...], list[bool], int, tuple[float, ...]]:
-    """Return shape, mask in row-major order, and precision and values of the fingerprint. Ranks need the base weight."""
+    """Return shape, mask in row-major order, precision and values of the fingerprint. Ranks need the base weight."""
     magic, version, codec, dimensions, precision = struct.unpack_from("<4s4B", record)
     assert (magic, version) == (b"PMSK", 1)
     assert zlib.crc32(record[:-4]) == int.from_bytes(record[-4:], "little")

@@ -102,7 +102,9 @@ def test_a_base_that_was_float16_is_the_same_in_every_dtype():
 def test_a_threshold_below_the_smallest_listed_weight_is_refused():
     weight = torch.arange(1.0, 17.0)
     data = encode_ranks(np.array([7, 9]), weight)
-    lower = encode_ranks(np.array([6, 7, 9]), weight)[:HEAD_BYTES] + encode_ranks(np.array([8, 10]), weight)[HEAD_BYTES:]
+    lower = (
+        encode_ranks(np.array([6, 7, 9]), weight)[:HEAD_BYTES] + encode_ranks(np.array([8, 10]), weight)[HEAD_BYTES:]
+    )
     with pytest.raises(ValueError, match="the coded positions are not in their canonical form"):
         decode_ranks(lower, 2, weight)
     for short, count in ((data[: HEAD_BYTES - 1], 2), (b"", 2), (data, 0)):
