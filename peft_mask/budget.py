@@ -1,8 +1,8 @@
 """Bytes <-> sparsity: how large the file of a mask will be, and which sparsity fills a given size.
 
-A mask of n weights with a fraction p of zeros takes n H(p) / 8 bytes and the frame of its record; n f H(p / f) / 8 if it
-is coded against a base in whose largest fraction f the zeros lie. What the coder makes of it is within a few per cent of
-that (docs/format.md).
+A mask of n weights with a fraction p of zeros takes n H(p) / 8 bytes and the frame of its record; n f H(p / f) / 8 if
+it is coded against a base in whose largest fraction f the zeros lie. What the coder makes of it is within a few per
+cent of that (docs/format.md).
 """
 
 from __future__ import annotations

