@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import process_time
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -76,7 +76,7 @@ def coding_row(
             "decode": lambda: [read_record(r, s, w) for r, (_, s, w) in zip(records, packed, strict=True)],
         },
         rounds,
-        clock=time.process_time,
+        clock=process_time,
     )
     weights = sum(mask.numel() for mask in masks)
     zeros = sum(int((~mask).sum()) for mask in masks)
