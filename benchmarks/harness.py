@@ -37,20 +37,26 @@ class Times:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def in_turn(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Times]:
+def in_turn(
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
     """Run all variants once a round, A B C A B C ..., and time each run.
 
     Args:
         variants: name -> what to time; called `warmup + rounds` times.
         rounds: counted rounds.
         warmup: rounds not counted.
+        clock: `time.process_time` for the time that the process had a processor, of all its threads.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if number >= warmup:
                 seconds[name].append(elapsed)
     return {name: Times(tuple(runs)) for name, runs in seconds.items()}

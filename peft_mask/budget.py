@@ -1,7 +1,8 @@
 """Bytes <-> sparsity: how large the file of a mask will be, and which sparsity fills a given size.
 
-A mask of n weights with a fraction p of zeros takes n H(p) / 8 bytes and the frame of its record; what the coder makes
-of it is within a few per cent of that (docs/format.md).
+A mask of n weights with a fraction p of zeros takes n H(p) / 8 bytes and the frame of its record; n f H(p / f) / 8 if
+it is coded against a base in whose largest fraction f the zeros lie. What the coder makes of it is within a few per
+cent of that (docs/format.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft_mask.packing import entropy_bits
+from peft_mask.ranks import HEAD_BYTES
 from peft_mask.record import frame_bytes
 
 
@@ -39,12 +41,20 @@ def file_bytes(records: Mapping[str, int]) -> int:
     return 8 + 8 * math.ceil(text / 8) + start  # safetensors pads its header to a multiple of 8
 
 
-def expected_bytes(shapes: Mapping[str, Sequence[int]], sparsity: float) -> int:
-    """Return the size of the file to expect of masks of these shapes, each with this sparsity."""
+def expected_bytes(shapes: Mapping[str, Sequence[int]], sparsity: float, among: float = 1.0) -> int:
+    """Return the size of the file to expect of masks of these shapes, each with this sparsity.
+
+    Args:
+        shapes: shape of each mask, by module name.
+        sparsity: fraction of weights off, at most `among`.
+        among: the fraction of the weights, known to the reader, that the zeros lie in.
+    """
     sizes = {}
     for name, shape in shapes.items():
         weights = math.prod(shape)
-        sizes[name] = frame_bytes(shape) + math.ceil(entropy_bits(budget_zeros(weights, sparsity), weights) / 8)
+        zeros = budget_zeros(weights, sparsity)
+        payload = math.ceil(entropy_bits(zeros, max(zeros, round(among * weights))) / 8)
+        sizes[name] = frame_bytes(shape) + payload + (HEAD_BYTES if among < 1.0 else 0)
     return file_bytes(sizes)
 
 

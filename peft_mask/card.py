@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +12,8 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from peft_mask.masks import Masks
+from peft_mask.masks import read_headers
+from peft_mask.record import RANKS, Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"
@@ -58,11 +60,11 @@ def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResu
         >>> update_model_card("adapter", [accuracy])
     """
     folder = Path(folder)
-    masks = Masks.load(folder)
+    headers = read_headers(folder / _WEIGHTS_FILE)
     config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
     card = _load(folder / _CARD_FILE)
     _fill_metadata(cast(ModelCardData, card.data), config, folder, list(results or []))
-    card.text = _with_section(card.text, _section(masks, config, (folder / _WEIGHTS_FILE).stat().st_size))
+    card.text = _with_section(card.text, _section(headers, config, (folder / _WEIGHTS_FILE).stat().st_size))
     card.save(folder / _CARD_FILE)
 
 
@@ -103,23 +105,32 @@ def _with_section(text: str, section: str) -> str:
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _section(masks: Masks, config: dict[str, Any], size: int) -> str:
+def _section(records: list[tuple[Header, int]], config: dict[str, Any], size: int) -> str:
     base = config.get("base_model_name_or_path")
+    weights = sum(math.prod(header.shape) for header, _ in records)
+    sparsity = sum(header.zeros for header, _ in records) / max(weights, 1)
+    coded = sum(length for _, length in records)
     return f"""{_BEGIN}
 ## A mask
 
-It switches off {masks.sparsity:.2%} of the weights it masks{f" in `{base}`" if base else ""}, and changes none.
+It switches off {sparsity:.2%} of the weights it masks{f" in `{base}`" if base else ""}, and changes none.
 
 | | |
 |---|---|
-| masked weights | {masks.weights:,} in {len(masks)} matrices |
-| sparsity | {masks.sparsity:.4%} |
-| bits a masked weight | {masks.bits_per_weight:.3f} |
-| bytes of the masks | {round(masks.bits_per_weight * masks.weights / 8):,} |
+| masked weights | {weights:,} in {len(records)} matrices |
+| sparsity | {sparsity:.4%} |
+| bits a masked weight | {8 * coded / max(weights, 1):.3f} |
+| bytes of the masks | {coded:,} |
 | bytes of `{_WEIGHTS_FILE}`, task head included | {size:,} |
 
-{_usage(config)}
+{_usage(config)}{_needs_base(records)}
 {_END}"""
+
+
+def _needs_base(records: list[tuple[Header, int]]) -> str:
+    if all(header.codec != RANKS for header, _ in records):
+        return ""
+    return "\n\nIt is coded against the weights of the base model: load that in float32 or bfloat16."
 
 
 def _usage(config: dict[str, Any]) -> str:

@@ -69,6 +69,9 @@ class MaskConfig(PeftConfig):
         scores_dtype: `"float32"`, or `"bfloat16"` for half the memory; in bfloat16 train with
             `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
         structure: what one score governs. `"weight"`: a single weight.
+        portable: whether the saved masks can be read by themselves and loaded onto the base model in any dtype. If not,
+            their file is about a third smaller, and loads only onto the base model in float32 or bfloat16: where the
+            zeros are is then told by counting the large weights of the base.
         target_parameters: names or suffixes of parameters to mask, such as the stacked weights of a mixture's experts
             (`"experts.gate_up_proj"`), which no module of their own holds. All adapters of a model name the same.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
@@ -103,6 +106,7 @@ class MaskConfig(PeftConfig):
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
+    portable: bool = field(default=True, metadata={"help": "Save masks that are read without the base weights."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to mask."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
@@ -186,6 +190,8 @@ class MaskConfig(PeftConfig):
                     f"init_sparsity={self.init_sparsity} has no meaning with init_weights=True, which starts with "
                     'every weight kept: use init_weights="uniform", or leave init_sparsity out.'
                 )
+        if not isinstance(self.portable, bool):
+            raise ValueError(f"portable must be True or False, got {self.portable!r}.")
         if isinstance(self.target_parameters, str):
             raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):

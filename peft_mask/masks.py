@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.fingerprint import UNKNOWN, Fingerprint
 from peft_mask.packing import count_zeros, entropy_bits, pack_bits, unpack_bits
-from peft_mask.record import read_record, write_record
+from peft_mask.ranks import WrongBaseError
+from peft_mask.record import Header, read_header, read_record, write_record
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX, _SUFFIX = "base_model.model.", ".peft_mask_bits"
@@ -104,15 +105,18 @@ class Masks(Mapping[str, Tensor]):
     # ---- files ----
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Masks:
+    def load(cls, path: str | os.PathLike[str], base: nn.Module | None = None) -> Masks:
         """Load the masks of an adapter.
 
         Args:
             path: the adapter's folder, or its safetensors file.
+            base: the base model, in float32 or bfloat16. It is needed for an adapter that was saved with
+                `portable=False`, and only checked for the others.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a safetensors file, is damaged, or has no masks. The message names the file.
+            ValueError: it is not a safetensors file, is damaged, has no masks, or was made for another base model. The
+                message names the file.
         """
         file = Path(path)
         if file.is_dir():
@@ -122,10 +126,15 @@ class Masks(Mapping[str, Tensor]):
                 f"no masks at '{path}': '{file}' does not exist. Give the folder that save_pretrained or "
                 "Masks.save wrote."
             )
-        masks = {name: _read(name, data, file) for name, data in _records(file).items()}
+        masks = {}
+        for name, data in _records(file).items():
+            weight = _weight_of(name, base) if base is not None else None
+            mask = masks[name] = _read(name, data, file, weight)
+            if weight is not None:
+                _check_fingerprint(name, mask, weight)
         return cls._of(masks, _read_config(file.with_name(_CONFIG_FILE)) or _config_naming(masks))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], base: nn.Module | None = None) -> None:
         """Write the masks as an adapter that `PeftModel.from_pretrained` loads.
 
         The folder gets `adapter_model.safetensors`, the same bytes for the same masks, and `adapter_config.json`, as
@@ -134,12 +143,23 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             path: a folder; made if it does not exist.
+            base: the base model, in float32 or bfloat16, to code the masks against, as `portable=False` in `MaskConfig`
+                does: a smaller file that needs this base to be read. None for a portable one.
+
+        Raises:
+            ValueError: the masks are not for the weights of `base`; nothing is written then.
         """
+        tensors = {
+            f"{_PREFIX}{name}{_SUFFIX}": mask.record if base is None else _coded_against(name, mask, base)
+            for name, mask in self._masks.items()
+        }
+        config, portable = self._config, base is None
+        if config.get("portable", True) != portable:
+            config = config | {"portable": portable}
+        sizes = [len(tensors[f"{_PREFIX}{name}{_SUFFIX}"]) for name in sorted(self._masks)]  # for transformers
+        text = json.dumps(config | {"record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{_PREFIX}{name}{_SUFFIX}": mask.record for name, mask in self._masks.items()}
-        sizes = [len(self._masks[name].record) for name in sorted(self._masks)]  # for transformers, see MaskConfig
-        text = json.dumps(self._config | {"record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
         _write(folder / _WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         _write(folder / _CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -254,7 +274,7 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def bits_per_weight(self) -> float:
-        """Size of the masks in the file, in bits a weight: coded, with header and checksum of each mask."""
+        """Size of the masks in a portable file, in bits a weight: coded, with header and checksum of each mask."""
         return 8 * sum(len(mask.record) for mask in self._masks.values()) / max(self.weights, 1)
 
     @property
@@ -289,15 +309,75 @@ def _records(file: Path) -> dict[str, Tensor]:
     return records
 
 
-def _read(name: str, data: Tensor, file: Path) -> _Mask:
+def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> _Mask:
     try:
-        record = read_record(data)
+        record = read_record(data, base=weight)
+    except WrongBaseError as error:
+        advice = (
+            ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)" if weight is None else ""
+        )
+        raise WrongBaseError(f"cannot load the mask of '{name}' from '{file}': {error}{advice}.") from error
     except ValueError as error:
         raise ValueError(
             f"cannot load the mask of '{name}' from '{file}': {error}. If an upgrade of peft_mask does not help, "
             "download or save the file again."
         ) from error
     return _Mask(record.bits, record.shape, record.fingerprint)
+
+
+def read_headers(file: Path) -> list[tuple[Header, int]]:
+    """Read what a file says of its masks without the masks, which may be coded against a base: headers, record sizes.
+
+    Raises:
+        ValueError: the file is damaged, or has no masks. The message names it.
+    """
+    headers = []
+    for name, data in _records(file).items():
+        try:
+            headers.append((read_header(data), len(data)))
+        except ValueError as error:
+            raise ValueError(f"cannot read the mask of '{name}' in '{file}': {error}. Save it again.") from error
+    return headers
+
+
+def _weight_of(name: str, base: nn.Module) -> Tensor:
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the base model, a {type(base).__name__}, has no module '{name}': give the model that the masks are for, "
+            "of the class it was trained as, without adapters."
+        ) from None
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            f"the base model carries an adapter at '{name}', whose weights may be changed: give it without."
+        )
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
+    return weight.detach()
+
+
+def _coded_against(name: str, mask: _Mask, base: nn.Module) -> Tensor:
+    weight = _weight_of(name, base)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"cannot code the mask of '{name}' against a weight in {weight.dtype}, which readers may have rounded "
+            "otherwise: load the base model in float32 or bfloat16, or save without it."
+        )
+    if weight.shape != mask.shape:
+        raise ValueError(
+            f"the mask of '{name}' is for a weight of shape {mask.shape}, the base model's is {weight.shape}."
+        )
+    _check_fingerprint(name, mask, weight)
+    return write_record(mask.bits, mask.shape, mask.fingerprint, weight)
+
+
+def _check_fingerprint(name: str, mask: _Mask, weight: Tensor) -> None:
+    if mask.zeros and not mask.fingerprint.matches(weight):
+        raise ValueError(
+            f"the mask of '{name}' was not made for the weight of the base model given (same shape, other values)."
+        )
 
 
 def _read_config(file: Path) -> dict[str, Any] | None:

@@ -50,8 +50,11 @@ class MaskModel(BaseTuner):
         resolve_targets(self.model, peft_config)
         shapes = checked_shapes(self.model, peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
+            among = _known_to_readers(peft_config)
             peft_config.target_sparsity = sparsity_for_bytes(
-                lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)
+                lambda sparsity: expected_bytes(shapes, sparsity, among),
+                peft_config.target_bytes,
+                _fullest(peft_config),
             )
         return peft_config
 
@@ -154,11 +157,11 @@ class MaskModel(BaseTuner):
         def size(sparsity: float) -> int:
             for _, layer in self._scored_layers(name):
                 layer.set_sparsity(name, sparsity)
-            return adapter_bytes(self.model, name)
+            return adapter_bytes(self.model, name, config.portable)
 
         before = config.target_sparsity
         try:
-            sparsity = sparsity_for_bytes(size, target_bytes, _largest(config))
+            sparsity = sparsity_for_bytes(size, target_bytes, _fullest(config))
         except BaseException:
             size(cast(float, before))
             raise
@@ -360,7 +363,7 @@ class MaskModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        tensors = records_of_adapter(model, adapter_name, state_dict)
+        tensors = records_of_adapter(model, adapter_name, state_dict, config.portable)
         if tensors:  # the configuration is written after them, and beside them
             config.record_bytes = record_sizes(tensors, adapter_name)
         return tensors
@@ -394,6 +397,18 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
 def _largest(config: MaskConfig) -> float:
     """Return the largest sparsity that an adapter can have."""
     return 1.0 if config.candidates is None else config.candidates
+
+
+def _known_to_readers(config: MaskConfig) -> float:
+    """Return the fraction of the weights that readers of the file will look for zeros in."""
+    if config.portable or config.candidates is None or config.candidate_rule != "magnitude":
+        return 1.0
+    return config.candidates
+
+
+def _fullest(config: MaskConfig) -> float:
+    """Return the sparsity of the largest file: half of the weights in question, as more zeros are easier to code."""
+    return min(_largest(config), _known_to_readers(config) / 2)
 
 
 def _mask_layers(model: nn.Module) -> Iterator[MaskLayer]:

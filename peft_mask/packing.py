@@ -100,6 +100,38 @@ def kept_positions(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.sort(_set_bits(first, flat[index])))
 
 
+def kept_ranks(bits: Tensor, shape: Sequence[int], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of kept weights before each of the given positions: where they stand in `kept_positions`.
+
+    Args:
+        bits: uint8 of shape `bits_shape(shape)`, on the CPU.
+        shape: shape of the mask.
+        positions: int64, row-major.
+
+    >>> kept_ranks(torch.tensor([[5]], dtype=torch.uint8), (1, 3), np.array([2]))
+    array([1])
+    """
+    flat = bits.numpy().reshape(-1)
+    places = positions + positions // _matrix(shape)[1] * _padding(shape)
+    byte, counts = places >> 3, _COUNTS[flat]
+    before = np.cumsum(counts, dtype=np.int64)[byte] - counts[byte]
+    return before + _COUNTS[flat[byte] & ((1 << (places & 7)) - 1).astype(np.uint8)]
+
+
+def kept_at(bits: Tensor, shape: Sequence[int], ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the kept weights of the given ranks, `kept_positions(bits, shape)[ranks]`, without finding the rest.
+
+    >>> kept_at(torch.tensor([[5]], dtype=torch.uint8), (1, 3), np.array([1]))
+    array([2])
+    """
+    flat = bits.numpy().reshape(-1)
+    counts = _COUNTS[flat]
+    ends = np.cumsum(counts, dtype=np.int64)
+    byte = np.searchsorted(ends, ranks, side="right")
+    places = 8 * byte + _PLACES[flat[byte], ranks - (ends[byte] - counts[byte])]
+    return places - byte // bits.shape[1] * _padding(shape)
+
+
 def bits_from_positions(positions: Tensor, shape: Sequence[int], *, kept: bool) -> Tensor:
     """Bits of the mask that keeps exactly the given weights (`kept=True`) or all but them (`kept=False`).
 
@@ -111,11 +143,10 @@ def bits_from_positions(positions: Tensor, shape: Sequence[int], *, kept: bool) 
     Returns:
         uint8 of shape `bits_shape(shape)`.
     """
-    cols, row_bytes = _matrix(shape)[1], bits_shape(shape)[1]
+    cols, padding = _matrix(shape)[1], _padding(shape)
     bits = _all_kept(shape, positions.device)
     if kept:
         bits = torch.zeros_like(bits)
-    padding = 8 * row_bytes - cols
     position = positions + (positions // cols * padding if padding and cols else 0)
     value = _bit_values(positions.device)[position & 7]
     # Distinct bits of a byte add up without a carry, so a sum is an "or", and a difference switches off.
@@ -130,8 +161,7 @@ def count_zeros(bits: Tensor, shape: Sequence[int]) -> int:
     1
     """
     kept = torch.bincount(bits.reshape(-1), minlength=256)
-    ones = torch.tensor([value.bit_count() for value in range(256)], device=bits.device)
-    return math.prod(shape) - int((kept * ones).sum())
+    return math.prod(shape) - int((kept * torch.from_numpy(_COUNTS).to(bits.device)).sum())
 
 
 def entropy_bits(zeros: int, weights: int) -> float:
@@ -174,6 +204,15 @@ def _mask_of_byte(device: torch.device) -> Tensor:
     return ((values.unsqueeze(1) & _bit_values(device)) != 0).view(torch.int64).squeeze(1)
 
 
+def _padding(shape: Sequence[int]) -> int:
+    """Bits behind the last weight of each row."""
+    return -_matrix(shape)[1] % 8
+
+
+_COUNTS = np.array([value.bit_count() for value in range(256)], np.uint8)  # of the bits set in a byte
+_PLACES = np.array(
+    [sorted(range(8), key=lambda bit: not value >> bit & 1) for value in range(256)], np.uint8
+)  # of them
 _LOWEST_BIT = np.array([0] + [(value & -value).bit_length() - 1 for value in range(1, 256)])
 
 

@@ -26,30 +26,40 @@ from peft_mask.packing import (
     kept_positions,
     zero_positions,
 )
+from peft_mask.ranks import WrongBaseError, decode_ranks, encode_ranks
 
 MAGIC, VERSION = b"PMSK", 1
-BITS, GAPS = 0, 1
+BITS, GAPS, RANKS = 0, 1, 2
 MAX_DIMENSIONS = 8
 MAX_BYTES = 1 << 31  # of bits, where no shape is expected: a few coded bytes may claim any number of weights
 
 
 @dataclass(frozen=True)
-class Record:
-    """One mask as read from the file.
+class Header:
+    """What a record says before the mask itself.
 
     Attributes:
-        bits: uint8 of shape `bits_shape(shape)`, on the CPU.
         shape: shape of the mask.
         zeros: number of weights that are off.
         fingerprint: of the weight the mask was made for.
-        codec: 0 = bits, 1 = gaps; how the mask was stored, without meaning for the mask.
+        codec: 0 = bits, 1 = gaps, 2 = ranks; how the mask is stored, without meaning for the mask.
     """
 
-    bits: Tensor
     shape: tuple[int, ...]
     zeros: int
     fingerprint: Fingerprint
     codec: int
+
+
+@dataclass(frozen=True)
+class Record(Header):
+    """One mask as read from the file.
+
+    Attributes:
+        bits: uint8 of shape `bits_shape(shape)`, on the CPU.
+    """
+
+    bits: Tensor
 
 
 def frame_bytes(shape: Sequence[int]) -> int:
@@ -61,13 +71,14 @@ def frame_bytes(shape: Sequence[int]) -> int:
     return 52 + 4 * len(shape)
 
 
-def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint) -> Tensor:
-    """Write a mask as a record, with packed bits or coded gaps, whichever is shorter.
+def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, base: Tensor | None = None) -> Tensor:
+    """Write a mask as a record: packed bits, coded gaps or, against a base weight, coded ranks, whichever is shortest.
 
     Args:
         bits: uint8 of shape `bits_shape(shape)`, padding bits zero; any device.
         shape: shape of the mask, 1 to 8 dimensions, each below 2^32.
         fingerprint: of the weight the mask is for.
+        base: that weight, with values, if readers will have it, too; None for a record that is read without it.
 
     Returns:
         uint8, one dimension, on the CPU; always the same bytes for the same arguments.
@@ -82,26 +93,57 @@ def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint) -
     codec, payload = GAPS, encode_gaps(_rarer_positions(bits, shape, zeros), math.prod(shape))
     if len(payload) >= bits.numel():
         codec, payload = BITS, bits.numpy().tobytes()
+    if base is not None and zeros:
+        ranks = encode_ranks(zero_positions(bits, shape).numpy(), base)
+        codec, payload = min((codec, payload), (RANKS, ranks), key=lambda coded: len(coded[1]))
     head = struct.pack("<4s4B", MAGIC, VERSION, codec, len(shape), fingerprint.precision)
     body = head + struct.pack(f"<{len(shape)}IQ", *shape, zeros) + fingerprint.values + payload
     return torch.frombuffer(bytearray(body + struct.pack("<I", zlib.crc32(body))), dtype=torch.uint8)
 
 
-def read_record(data: Tensor, shape: Sequence[int] | None = None) -> Record:
+def read_record(data: Tensor, shape: Sequence[int] | None = None, base: Tensor | None = None) -> Record:
     """Read a record: the inverse of `write_record`, refusing all that it would not write.
 
     Args:
         data: uint8, one dimension.
         shape: the shape the mask must have. It is checked before memory is taken, so that a forged record costs no more
             than this mask and its own length do. Without it, the packed bits of a mask may take 2 GiB.
+        base: the weight the mask is for, with values; needed for ranks only.
 
     Raises:
+        WrongBaseError: the record has ranks, and `base` is None or not the weight they were coded against.
         ValueError: the bare reason, to be completed with the names of module and file.
 
     >>> fingerprint = Fingerprint(bytes(32), precision=7)
     >>> read_record(write_record(torch.tensor([[5]], dtype=torch.uint8), (1, 3), fingerprint)).zeros
     1
     """
+    header, payload = _split(data)
+    sizes, zeros = header.shape, header.zeros
+    if base is not None:
+        shape = base.shape
+    if shape is not None and sizes != tuple(shape):
+        raise ValueError(f"its shape is {_words(sizes)}, expected {_words(shape)}")
+    if shape is None and math.prod(bits_shape([max(size, 1) for size in sizes])) > MAX_BYTES:
+        raise ValueError(f"its shape is {_words(sizes)}, which is too large to be believed")
+    if header.codec == RANKS:
+        bits = _read_ranks(payload, sizes, zeros, base)
+    else:
+        bits = (_read_gaps if header.codec == GAPS else _read_bits)(payload, sizes, zeros)
+    return Record(**vars(header), bits=bits)
+
+
+def read_header(data: Tensor) -> Header:
+    """Read what a record says before the mask, without the base weight that the mask may be coded against.
+
+    Raises:
+        ValueError: it is not a whole record; the bare reason.
+    """
+    return _split(data)[0]
+
+
+def _split(data: Tensor) -> tuple[Header, bytes]:
+    """The header and the payload of a record whose checksum is right."""
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"a mask is stored as one dimension of uint8, got {data.dtype} of shape {tuple(data.shape)}")
     raw = data.cpu().numpy().tobytes()
@@ -114,18 +156,12 @@ def read_record(data: Tensor, shape: Sequence[int] | None = None) -> Record:
     if zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
         raise ValueError("its checksum is wrong: the file is damaged or cut short")
     version, codec, dimensions, precision = raw[4:8]
-    if version != VERSION or codec not in (BITS, GAPS) or not 1 <= dimensions <= MAX_DIMENSIONS:
+    if version != VERSION or codec not in (BITS, GAPS, RANKS) or not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"its header is malformed: version {version}, codec {codec}, {dimensions} dimensions")
     *sizes, zeros = struct.unpack_from(f"<{dimensions}IQ", raw, 8)
-    if shape is not None and sizes != list(shape):
-        raise ValueError(f"its shape is {_words(sizes)}, expected {_words(shape)}")
-    if shape is None and math.prod(bits_shape([max(size, 1) for size in sizes])) > MAX_BYTES:
-        raise ValueError(f"its shape is {_words(sizes)}, which is too large to be believed")
     if zeros > math.prod(sizes):
         raise ValueError(f"it claims {zeros} zeros among {_words(sizes)} weights")
-    fingerprint = Fingerprint(raw[start - 32 : start], precision)
-    bits = (_read_gaps if codec == GAPS else _read_bits)(raw[start:-4], sizes, zeros)
-    return Record(bits, tuple(sizes), zeros, fingerprint, codec)
+    return Header(tuple(sizes), zeros, Fingerprint(raw[start - 32 : start], precision), codec), raw[start:-4]
 
 
 def _read_bits(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
@@ -148,6 +184,17 @@ def _read_gaps(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
     weights, kept = math.prod(shape), _codes_kept(shape, zeros)
     positions = decode_gaps(payload, weights - zeros if kept else zeros, weights)
     return bits_from_positions(torch.from_numpy(positions), shape, kept=kept)
+
+
+def _read_ranks(payload: bytes, shape: Sequence[int], zeros: int, base: Tensor | None) -> Tensor:
+    if base is None:
+        raise WrongBaseError("it was coded against its base weight, which is not at hand")
+    positions = decode_ranks(payload, zeros, base)
+    bits = bits_from_positions(torch.from_numpy(positions), shape, kept=False)
+    rarer = _rarer_positions(bits, shape, zeros) if _codes_kept(shape, zeros) else positions
+    if len(payload) >= min(bits.numel(), coded_size(rarer, math.prod(shape))):
+        raise ValueError("it is stored as ranks, though gaps or bits are not longer")
+    return bits
 
 
 def _rarer_positions(bits: Tensor, shape: Sequence[int], zeros: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, unpack_bits
+from peft_mask.ranks import WrongBaseError
 from peft_mask.record import read_record, write_record
 
 _PEFT_PREFIX = "base_model.model."
@@ -51,7 +52,7 @@ def keep_scores(model: nn.Module, enabled: bool = True) -> None:
 
 
 def records_of_adapter(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor], portable: bool = True
 ) -> dict[str, torch.Tensor]:
     """Return the tensors that `adapter_model.safetensors` holds of the masks: one record a masked layer.
 
@@ -59,6 +60,7 @@ def records_of_adapter(
         model: the model with the masked layers.
         adapter_name: which adapter.
         state_dict: state dict of `model`; scores and bits are read from it, not from layers that may be sharded.
+        portable: as in `MaskConfig`.
 
     Returns:
         `<path>.peft_mask_bits.<adapter>` -> uint8 record, and the scores themselves with their positions if
@@ -70,7 +72,7 @@ def records_of_adapter(
     if not state_dict:  # a rank that is not to save
         return {}
     tensors: dict[str, torch.Tensor] = {}
-    dead = []
+    dead, inexact = [], []
     for path, layer in layers_of_adapter(model, adapter_name).items():
         layer.peft_mask_bits.check_filled(adapter_name)
         bits_key, scores_key = f"{path}{BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
@@ -83,26 +85,46 @@ def records_of_adapter(
         bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
         shape = layer.mask_shape
         with onloaded(layer):
-            tensors[bits_key] = write_record(bits, shape, layer.fingerprint())
+            base = None if portable else _base_to_code_against(layer)
+            tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
+        if not portable and base is None:
+            inexact.append(_module_name(path))
         if count_zeros(bits, shape) == shape.numel():
             dead.append(_module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
             if (positions := layer.positions(adapter_name)) is not None:
                 tensors[f"{path}{_POSITIONS}.{adapter_name}"] = positions
+    if inexact:
+        warnings.warn(
+            f"the masks of {inexact} are saved as with portable=True: their base weights are not at hand whole, in "
+            "float32 or bfloat16, to code against.",
+            stacklevel=2,
+        )
     if dead:
         warnings.warn(f"every weight of {dead} is switched off, which kills these layers.", stacklevel=2)
     return tensors
 
 
-def adapter_bytes(model: nn.Module, adapter_name: str) -> int:
+def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) -> int:
     """Return the size of `adapter_model.safetensors` with the masks of an adapter and no task head."""
-    return file_bytes(
-        {
-            _module_name(path): len(write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN))
-            for path, layer in layers_of_adapter(model, adapter_name).items()
-        }
-    )
+    sizes = {}
+    for path, layer in layers_of_adapter(model, adapter_name).items():
+        with onloaded(layer):
+            base = None if portable else _base_to_code_against(layer)
+            sizes[_module_name(path)] = len(
+                write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN, base)
+            )
+    return file_bytes(sizes)
+
+
+def _base_to_code_against(layer: MaskLayer) -> torch.Tensor | None:
+    """Return the base weight if it is here, whole, and in a dtype that all readers round alike."""
+    if not layer.stored.exact:
+        return None
+    weight = layer.unmerged_weight()
+    whole = not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter)
+    return weight if whole and weight.dtype in (torch.float32, torch.bfloat16) else None
 
 
 def state_from_records(
@@ -189,7 +211,10 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
     with onloaded(layer):
         weight = layer.unmerged_weight()
         try:
-            record = read_record(data, weight.shape)
+            record = read_record(data, weight.shape, None if weight.is_meta else weight)
+        except WrongBaseError as error:
+            advice = ": load the base model's weights before the adapter" if weight.is_meta else ""
+            raise WrongBaseError(f"cannot load the mask of '{name}': {error}{advice}.") from error
         except ValueError as error:
             raise ValueError(
                 f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "

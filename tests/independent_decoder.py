@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
-def decode(record: bytes) -> tuple[tuple[int, ...], list[bool], int, tuple[float, ...]]:
-    """Return shape, mask in row-major order, and precision and values of the fingerprint."""
+def decode(record: bytes, base: Sequence[float] = ()) -> tuple[tuple[int, ...], list[bool], int, tuple[float, ...]]:
+    """Return shape, mask in row-major order, precision and values of the fingerprint. Ranks need the base weight."""
     magic, version, codec, dimensions, precision = struct.unpack_from("<4s4B", record)
     assert (magic, version) == (b"PMSK", 1)
     assert zlib.crc32(record[:-4]) == int.from_bytes(record[-4:], "little")
@@ -19,8 +19,10 @@ def decode(record: bytes) -> tuple[tuple[int, ...], list[bool], int, tuple[float
     if codec == 0:
         mask = from_bits(payload, shape)
     else:
-        kept_listed = 2 * zeros > size
-        listed = set(from_gaps(payload, size - zeros if kept_listed else zeros, size))
+        kept_listed = codec == 1 and 2 * zeros > size
+        places = [p for p in range(size) if codec == 1 or magnitude(base[p]) >= int.from_bytes(payload[:2], "little")]
+        count = size - zeros if kept_listed else zeros
+        listed = {places[i] for i in from_gaps(payload if codec == 1 else payload[6:], count, len(places))}
         mask = [(position in listed) == kept_listed for position in range(size)]
     assert mask.count(False) == zeros
     return tuple(shape), mask, precision, fingerprint
@@ -32,6 +34,11 @@ def from_bits(payload: bytes, shape: list[int]) -> list[bool]:
     return [bool(payload[r * width + c // 8] >> c % 8 & 1) for r in range(rows) for c in range(columns)]
 
 
+def magnitude(weight: float) -> int:
+    bits = int.from_bytes(struct.pack("<f", abs(weight)), "little")
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
 def from_gaps(payload: bytes, count: int, size: int) -> Iterator[int]:
     bits = iter([byte >> i & 1 for byte in payload for i in range(8)])
     blocks = math.ceil(count / 64)
@@ -40,7 +47,7 @@ def from_gaps(payload: bytes, count: int, size: int) -> Iterator[int]:
         unary.append(0)
         while not next(bits):
             unary[-1] += 1
-    width, widths = start_width(size, count), []
+    width, widths = next(k for k in range(64) if 25 * 2**k * count >= 12 * size - 6 * count or not count), []
     for code in unary[:blocks]:
         width += -(code + 1) // 2 if code % 2 else code // 2
         widths += [width] * 64
@@ -53,7 +60,3 @@ def from_gaps(payload: bytes, count: int, size: int) -> Iterator[int]:
     for i in range(count):
         position += 1 + (unary[blocks + i] << widths[i]) + remainders[i]
         yield position
-
-
-def start_width(span: int, count: int) -> int:
-    return next(k for k in range(64) if 25 * 2**k * count >= 12 * span - 6 * count or not count)

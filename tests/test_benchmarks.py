@@ -119,4 +119,11 @@ def test_the_codec_benchmark_counts_bytes_against_the_entropy():
     row, figures = codec.coding_row("random", masks, rounds=1)
     assert figures["entropy_bytes"] == pytest.approx(2 * 65536 * 0.286 / 8, rel=0.03)
     assert 1.0 < figures["bytes"] / figures["entropy_bytes"] < 1.1
-    assert row[0] == "random"
+    assert row[:2] == ("random", "-")
+
+
+def test_the_codec_benchmark_codes_against_the_base():
+    masks, weights = codec.random_masks(0.005, target_sparsity=0.005)
+    portable, against = (codec.coding_row("", masks[:2], rounds=1, bases=bases) for bases in (None, weights[:2]))
+    assert against[0][1] == "the base, float32"
+    assert against[1]["bytes"] < 0.75 * portable[1]["bytes"]

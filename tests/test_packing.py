@@ -16,7 +16,9 @@ from peft_mask.packing import (
     count_zeros,
     entropy_bits,
     has_clean_padding,
+    kept_at,
     kept_positions,
+    kept_ranks,
     pack_bits,
     unpack_bits,
     zero_positions,
@@ -52,6 +54,16 @@ class TestEveryShape:
             assert np.array_equal(bits.numpy(), np.packbits(matrix.numpy(), axis=1, bitorder="little"))
             assert torch.equal(_pack_on_device(matrix), bits)
             assert has_clean_padding(bits, shape)
+
+    def test_ranks_are_places_among_the_kept(self, shape):
+        for mask in masks(shape):
+            bits, kept = pack_bits(mask), np.array(flat_positions(mask), np.int64)
+            ranks = np.arange(len(kept))
+            assert np.array_equal(kept_at(bits, shape, ranks), kept)
+            assert np.array_equal(kept_ranks(bits, shape, kept), ranks)
+            assert np.array_equal(kept_at(bits, shape, ranks[::-2]), kept[::-2])
+            everywhere = np.arange(mask.numel())
+            assert np.array_equal(kept_ranks(bits, shape, everywhere), np.searchsorted(kept, everywhere))
 
     def test_positions_and_counts_are_those_of_the_mask(self, shape):
         for mask in masks(shape):

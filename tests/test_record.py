@@ -133,7 +133,7 @@ REFUSED = {
     "empty": (b"", "it does not begin as a mask of peft_mask does"),
     "newer": (edited("vector", 4, b"\2"), "format version 2, written by a newer peft_mask, please upgrade peft_mask"),
     "version 0": (edited("vector", 4, b"\0"), "its header is malformed: version 0"),
-    "codec": (edited("vector", 5, b"\2"), "its header is malformed: version 1, codec 2"),
+    "codec": (edited("vector", 5, b"\3"), "its header is malformed: version 1, codec 3"),
     "no dimensions": (huge(), "its header is malformed: .* 0 dimensions"),
     "nine dimensions": (huge(*[1] * 9), "its header is malformed: .* 9 dimensions"),
     "precision": (edited("vector", 7, b"\x0b"), "the precision of a fingerprint is from 0 to 10, got 11"),

