@@ -12,6 +12,7 @@ from peft.mapping import (
 
 from peft_mask.card import update_model_card
 from peft_mask.config import MaskConfig, MaskType
+from peft_mask.hotswap import hotswap_adapter
 from peft_mask.masks import Masks
 from peft_mask.memory import TrainingMemory, training_memory
 from peft_mask.model import MaskModel
@@ -37,6 +38,7 @@ __all__ = [
     "TrainingMemory",
     "create_mask_optimizer",
     "fill_budget",
+    "hotswap_adapter",
     "keep_scores",
     "saliency_candidates",
     "training_memory",

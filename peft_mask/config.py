@@ -69,7 +69,8 @@ class MaskConfig(PeftConfig):
         scores_dtype: `"float32"`, or `"bfloat16"` for half the memory; in bfloat16 train with
             `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
         structure: what one score governs. `"weight"`: a single weight.
-        target_parameters: not supported; named here because PEFT asks every configuration for it.
+        target_parameters: names or suffixes of parameters to mask, such as the stacked weights of a mixture's experts
+            (`"experts.gate_up_proj"`), which no module of their own holds. All adapters of a model name the same.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
@@ -102,7 +103,7 @@ class MaskConfig(PeftConfig):
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to mask."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
@@ -185,15 +186,12 @@ class MaskConfig(PeftConfig):
                     f"init_sparsity={self.init_sparsity} has no meaning with init_weights=True, which starts with "
                     'every weight kept: use init_weights="uniform", or leave init_sparsity out.'
                 )
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(f"seed must be a non-negative integer or None, got {self.seed!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters} is not supported: peft_mask masks whole modules. "
-                "Name them in target_modules."
-            )
 
     def _validate_budget(self) -> None:
         if self.candidates is not None:

@@ -1,4 +1,4 @@
-"""Tuner layers: thin shells that hold scores or bits around a base layer and call the functions of this package."""
+"""`MaskLayer`: scores or bits of adapters around a base layer, merging and exact unmerging."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_mask.binarize import binarize_threshold, binarize_topk
 from peft_mask.bits import BitsDict
@@ -19,9 +17,10 @@ from peft_mask.budget import budget_zeros
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.functional import apply_mask, masked_linear, masked_weight
+from peft_mask.functional import apply_mask, masked_weight
 from peft_mask.init import initial_scores
 from peft_mask.packing import bits_from_positions, index_dtype, pack_bits, unpack_bits, zero_positions
+from peft_mask.stored import Displaced, StoredWeight
 
 BASE = "__base__"  # PEFT's word for no adapter, in a batch of several
 
@@ -37,7 +36,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("peft_mask_scores",)
     other_param_names = ("peft_mask_bits", "peft_mask_positions")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.peft_mask_scores = nn.ParameterDict()
@@ -46,10 +45,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._stashes: list[tuple[torch.Tensor, torch.Tensor]] = []  # per merge: displaced positions and values
+        self._stashes: list[Displaced] = []  # one a merge
         self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name)
 
     # ---- adapters ----
 
@@ -77,19 +78,31 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Names of the adapters that this layer has scores or bits of."""
         return self._get_available_adapters()
 
-    def _weight(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.get_base_layer().weight)
+    @property
+    def stored(self) -> StoredWeight:
+        """The base weight as it is stored."""
+        return StoredWeight(self.get_base_layer())
+
+    @property
+    def in_features(self) -> int:
+        """Width of what goes in, by PEFT's name for it."""
+        return self.mask_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of what comes out, by PEFT's name for it."""
+        return self.mask_shape[0]
 
     @property
     def mask_shape(self) -> torch.Size:
         """Shape of the masks: that of the base weight."""
-        return self._weight().shape
+        return self.stored.shape
 
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one, the budget of an adapter with scores; None: no budget."""
         self._zeros.pop(adapter_name, None)
         if sparsity is not None:
-            self._zeros[adapter_name] = budget_zeros(self._weight().numel(), sparsity)
+            self._zeros[adapter_name] = budget_zeros(self.mask_shape.numel(), sparsity)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
@@ -115,7 +128,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """
         if (current := self.positions(adapter_name)) is None:
             raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig for a choice.")
-        numel = self._weight().numel()
+        numel = self.mask_shape.numel()
         new = positions.detach().reshape(-1).long().unique()
         if positions.is_floating_point() or len(new) != len(current) or not ((new >= 0) & (new < numel)).all():
             raise ValueError(
@@ -148,18 +161,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if positions is None:
             return pack_bits(kept)
         off = positions.to(kept.device)[~kept].long()
-        return bits_from_positions(off, self._weight().shape, kept=False)
+        return bits_from_positions(off, self.mask_shape, kept=False)
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
         weight = self.unmerged_weight()
         if weight.is_meta or type(weight) not in (torch.Tensor, nn.Parameter) or weight.shape.numel() == 0:
             return self._fingerprint
-        return fingerprint_of(weight)
+        return fingerprint_of(weight, exact=None if self.stored.exact else False)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""
-        return unpack_bits(self.packed_mask(adapter_name), self._weight().shape)
+        return unpack_bits(self.packed_mask(adapter_name), self.mask_shape)
 
     def packed_mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
@@ -188,8 +201,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         known = self._known_zeros.get(adapter_name)
         if known is not None and known[0] is bits and known[1] == bits._version:
             return known[2]
-        weight = self._weight()
-        positions = zero_positions(bits, weight.shape).to(index_dtype(weight.numel()))
+        shape = self.mask_shape
+        positions = zero_positions(bits, shape).to(index_dtype(shape.numel()))
         if adapter_name in self.peft_mask_bits and not bits.is_inference():  # such tensors have no version
             self._known_zeros[adapter_name] = (bits, bits._version, positions)
         return positions
@@ -215,17 +228,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self._get_available_adapters():
                 continue
-            weight = self._weight().data
-            positions = self._zero_positions(adapter_name).to(weight.device, torch.int64)
-            zeros = torch.zeros(len(positions), dtype=weight.dtype, device=weight.device)
-            if safe_merge and not weight.clone().put_(positions, zeros).isfinite().all():
+            stored = self.stored
+            positions = self._zero_positions(adapter_name).to(stored.device, torch.int64)
+            if safe_merge and not apply_mask(stored.values(), self.mask(adapter_name)).isfinite().all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
                     "model is: a weight that is kept is not finite."
                 )
             # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
-            self._stashes.append((positions, weight.take(positions)))
-            weight.put_(positions, zeros)
+            self._stashes.append((positions, stored.take(positions)))
+            stored.switch_off(positions)
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -235,9 +247,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def unmerge_to(self, depth: int) -> None:
         """Undo the latest merges until `depth` are left (see `merge_depth`)."""
         while len(self._stashes) > depth:
-            positions, values = self._stashes[-1]
-            weight = self._weight().data
-            weight.put_(positions.to(weight.device), values.to(weight.device))
+            self.stored.put(*self._stashes[-1])
             self._stashes.pop()
         del self.merged_adapters[depth:]
 
@@ -248,25 +258,20 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def unmerged_weight(self) -> torch.Tensor:
         """Return the base weight as it is without merged adapters; a copy only if there are any."""
-        weight = self._weight().data
-        if self._stashes:
-            weight = weight.clone()
-            for positions, values in reversed(self._stashes):
-                weight.put_(positions.to(weight.device), values.to(weight.device))
-        return weight
+        return self.stored.values_with(self._stashes[::-1])
 
     # ---- forward ----
 
-    def _masks_in_force(self) -> tuple[torch.Tensor, list[str]]:
-        """Return the weight under the active adapters that hold bits, and the names of those that are trained."""
-        weight = self._weight()
+    def _under_bits(self, adapter_names: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
+        """Return the weight under those adapters that hold bits, and the names of those that are trained."""
+        weight = self.stored.values()
         if weight.is_meta:
             raise RuntimeError(
                 "cannot mask a weight on the meta device: load the base model's weights, or let accelerate offload "
                 "them."
             )
         trained = []
-        for adapter_name in self.active_adapters:
+        for adapter_name in adapter_names:
             if adapter_name in self.peft_mask_scores:
                 trained.append(adapter_name)
             elif adapter_name in self.peft_mask_bits:
@@ -281,14 +286,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         mask = None if plain else self.binarize(adapter_name, scores.detach())
         return scores, mask, positions
 
-    def _masked_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def masked_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Return the base weight under the product of these adapters' masks; gradients reach their scores."""
+        weight, trained = self._under_bits(adapter_names)
+        for adapter_name in trained:
+            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
+        return weight
+
+    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the base layer would with its weight under these adapters."""
         raise NotImplementedError
 
-    def _forward_with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What the base layer would do with another weight."""
-        raise NotImplementedError
-
-    def _mixed_forward(self, x: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         """Forward each row of the batch under its own adapter; rows of one adapter together."""
         if len(x) != len(adapter_names):
             raise ValueError(
@@ -303,76 +312,29 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name if name in available else BASE, []).append(row)
-        outputs = []
-        for name, indices in rows.items():
-            weight = self._weight() if name == BASE else apply_mask(self._weight(), self.mask(name))
-            outputs.append(self._forward_with(x[indices], weight))
+        outputs = [
+            self.base_layer(x[indices]) if name == BASE else self._forward_under([name], x[indices])
+            for name, indices in rows.items()
+        ]
         order = torch.tensor([row for indices in rows.values() for row in indices], device=x.device)
         return torch.cat(outputs)[order.argsort()]
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
         elif adapter_names is not None:
             with onloaded(self):
-                return self._mixed_forward(x, adapter_names)
+                return self._mixed_forward(adapter_names, *args, **kwargs)
         elif not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters):
             with onloaded(self):
-                return self._masked_forward(x)
-        return self.base_layer(x, *args, **kwargs)
+                return self._forward_under(self.active_adapters, *args, **kwargs)
+        return self.base_layer(*args, **kwargs)
 
-
-class Linear(MaskLayer):
-    """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`.
-
-    The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
-        super().__init__(base_layer)
-        self._transposed = isinstance(base_layer, Conv1D)
-        shape = self._weight().shape if self._transposed else self._weight().shape[::-1]
-        self.in_features, self.out_features = shape
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name)
-
-    def _bias(self) -> torch.Tensor | None:
-        return cast("torch.Tensor | None", self.get_base_layer().bias)
-
-    def _forward_with(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight.t() if self._transposed else weight, self._bias())
-
-    def _masked_forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, trained = self._masks_in_force()
-        for adapter_name in trained[1:]:
-            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
-        if not trained:
-            return self._forward_with(x, weight)
-        scores, mask, positions = self._scores_in_force(trained[0])
-        return masked_linear(x, weight, scores, self._bias(), mask, positions, transposed=self._transposed)
-
-    def __repr__(self) -> str:
-        return "peft_mask." + super().__repr__()
+    def _get_name(self) -> str:
+        return "peft_mask." + super()._get_name()
 
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
-    return onload_layer(layer) if layer._weight().is_meta else nullcontext()
-
-
-def unsupported_reason(module: nn.Module) -> str | None:
-    """Return why `module` cannot be masked, or None if it can."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads the weight of its out_proj directly and would ignore the mask"
-    if isinstance(module, Conv1D):
-        return None
-    if not isinstance(module, nn.Linear):
-        return "only torch.nn.Linear and transformers' Conv1D are supported"
-    if type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} computes its output in its own way (a quantized layer?)"
-    if not module.weight.is_floating_point():
-        return f"its weight has dtype {module.weight.dtype}, which is not floating point"
-    return None
+    return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()

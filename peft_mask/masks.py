@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.fingerprint import UNKNOWN, Fingerprint
 from peft_mask.packing import count_zeros, entropy_bits, pack_bits, unpack_bits
 from peft_mask.record import read_record, write_record
@@ -57,6 +60,7 @@ class Masks(Mapping[str, Tensor]):
         a & b       kept in both            (the masks of both adapters applied, one after the other)
         a | b       kept in at least one
         a ^ b       kept in exactly one     (where the two differ)
+        a - b       off in `a` and not in `b`
         ~a          kept where `a` switches off
         a == b      the same modules with the same masks
 
@@ -164,6 +168,31 @@ class Masks(Mapping[str, Tensor]):
 
     def __xor__(self, other: Masks) -> Masks:
         return self._combine(torch.bitwise_xor, other)
+
+    def __sub__(self, other: Masks) -> Masks:
+        return self | ~other if isinstance(other, Masks) else NotImplemented
+
+    @classmethod
+    def combine(
+        cls, masks: Sequence[Masks], weights: Sequence[float], combination_type: CombinationType = "intersection"
+    ) -> Masks:
+        """Combine masks of the same modules by votes, as `MaskModel.add_weighted_adapter` does.
+
+        Args:
+            masks: masks of the same modules of one base model.
+            weights: how much the vote of each counts; positive.
+            combination_type: `"intersection"`, `"union"` or `"majority"` (see `peft_mask.combine.combined_mask`).
+
+        Raises:
+            ValueError: if they are of different modules or bases, or the votes have no meaning.
+        """
+        check_votes(masks, weights, combination_type)
+        whole = functools.reduce(operator.and_, masks)  # which also sees to it that they belong together
+        combined = {name: combined_mask([mask[name] for mask in masks], weights, combination_type) for name in whole}
+        bits = {
+            name: _Mask(pack_bits(combined[name]), mask.shape, mask.fingerprint) for name, mask in whole._masks.items()
+        }
+        return cls._of(bits, masks[0]._config)
 
     def __invert__(self) -> Masks:
         inverted = {

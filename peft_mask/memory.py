@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from peft_mask.candidates import candidate_count
 from peft_mask.config import MaskConfig
+from peft_mask.modules import stored_weights
 from peft_mask.packing import index_dtype
-from peft_mask.targets import resolve_targets
+from peft_mask.stored import StoredWeight
+from peft_mask.targets import matched_modules, matched_parameters, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,20 @@ def training_memory(
     states = {"sign": 0, "adamw": 2 * itemsize, "adamw_8bit": 2}  # bytes a score
     if scores_optimizer not in states:
         raise ValueError(f"scores_optimizer must be one of {list(states)}, got {scores_optimizer!r}.")
-    modules = {name: module for name, module in model.named_modules() if name}
-    weights = [cast(Tensor, m.weight) for name, m in modules.items() if check_target_module_exists(config, name)]
+    weights = [stored for name, m in matched_modules(model, config) for stored in stored_weights(m, name).values()]
+    weights += [StoredWeight(m, parameter) for _, m, parameter in matched_parameters(model, config)]
     scores = positions = transient = 0
     for weight in weights:
-        count = candidate_count(weight.numel(), config)
-        scores += weight.numel() if count is None else count
-        positions += (count or 0) * index_dtype(weight.numel()).itemsize
-        transient = max(transient, 2 * weight.nbytes + (8 + 2 * weight.itemsize) * (count or 0))
-    heads = [m for name, m in modules.items() if name.rpartition(".")[2] in (config.modules_to_save or [])]
+        numel = weight.shape.numel()
+        count = candidate_count(numel, config)
+        scores += numel if count is None else count
+        positions += (count or 0) * index_dtype(numel).itemsize
+        transient = max(transient, 2 * weight.value_bytes + (8 + 2 * weight.value_bytes // numel) * (count or 0))
+    heads = [
+        m for name, m in model.named_modules() if name and name.rpartition(".")[2] in (config.modules_to_save or [])
+    ]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, weights)
+    kept = _saved_sizes(model, inputs, [weight.parameter for weight in weights])
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
+from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.config import MaskConfig
-from peft_mask.layer import Linear, MaskLayer, onloaded, unsupported_reason
+from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
-from peft_mask.native import make_room, record_sizes, sizes_by_module
+from peft_mask.modules import mask_layer_type
+from peft_mask.native import make_room, record_sizes
+from peft_mask.packing import pack_bits
+from peft_mask.stand_in import ParamWrapper
 from peft_mask.state import adapter_bytes, records_of_adapter, state_from_records
-from peft_mask.targets import outermost_modules, resolve_targets, tied_weights
+from peft_mask.targets import checked_shapes, resolve_targets
 
 
 class MaskModel(BaseTuner):
@@ -40,44 +46,29 @@ class MaskModel(BaseTuner):
 
     # ---- injection ----
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        make_room(model, adapter_name, self.peft_config[adapter_name])
+
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
-        shapes = self._check_targets(peft_config)
-        self._record_bytes = sizes_by_module(peft_config, shapes)
+        shapes = checked_shapes(self.model, peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             peft_config.target_sparsity = sparsity_for_bytes(
                 lambda sparsity: expected_bytes(shapes, sparsity), peft_config.target_bytes, _largest(peft_config)
             )
         return peft_config
 
-    def _check_targets(self, config: MaskConfig) -> dict[str, torch.Size]:
-        """Refuse, before anything changes, what could not be masked or would be masked without effect.
-
-        Returns the shapes of the weights to be masked, by name.
-        """
-        tied = tied_weights(self.model)
-        shapes = {}
-        for name, module in outermost_modules(self.model):
-            if not name or not self._check_target_module_exists(config, name):
-                continue
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLayer):
+    def _check_new_adapter_config(self, config: MaskConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
+            if other is not config and ours and theirs and ours != theirs:
+                # where a wrapper stands among those of its module is part of the names in the file
                 raise ValueError(
-                    f"cannot mask '{name}': it already carries an adapter of type {type(module).__module__}. Masks do "
-                    "not combine with other methods in one layer; unload that adapter first."
+                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
+                    f"new one {sorted(ours)}."
                 )
-            base = module.get_base_layer() if isinstance(module, MaskLayer) else module
-            if reason := unsupported_reason(base):
-                raise ValueError(
-                    f"Target module '{name}' of type {type(base).__name__} is not supported: {reason}. Leave it out of "
-                    "target_modules, or name it in exclude_modules."
-                )
-            if others := tied.get(cast(nn.Parameter, base.weight), set()) - {name}:
-                raise ValueError(
-                    f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked until "
-                    "merging and masked afterwards. Leave it out of target_modules, or untie the weights first."
-                )
-            shapes[name] = cast(nn.Parameter, base.weight).shape
-        return shapes
 
     def _create_and_replace(
         self,
@@ -89,16 +80,20 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, MaskLayer):
-            layer = target
-            layer.update_layer(adapter_name, peft_config, current_key)
+        layer: MaskLayer
+        if parameter_name is not None:
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(adapter_name, peft_config, current_key)
+                return
+            layer = ParamWrapper(target, adapter_name, peft_config, current_key, parameter_name)
+        elif isinstance(target, MaskLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
         else:
-            layer = Linear(target, adapter_name, peft_config, current_key)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
-            self._replace_module(parent, target_name, layer, target)
-        if current_key in self._record_bytes:
-            make_room(layer, adapter_name, peft_config, current_key, self._record_bytes[current_key])
+            layer = mask_layer_type(target)(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
+        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
@@ -198,6 +193,51 @@ class MaskModel(BaseTuner):
         }
         for module, layer in layers.items():
             layer.set_candidates(name, changes[module])
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "intersection",
+    ) -> None:
+        """Add an adapter whose mask is what others come to together (see `combined_mask`).
+
+        The new adapter holds bits and is not trained. A layer that one of the others does not mask is kept whole in its
+        view. A task head is a copy of that of the first of `adapters`, since there is no vote between heads.
+
+        Args:
+            adapters: names of loaded adapters, trained or for inference.
+            weights: how much the vote of each counts; positive.
+            adapter_name: name of the new adapter.
+            combination_type: `"intersection"`, `"union"` or `"majority"`.
+
+        Raises:
+            ValueError: if an adapter is not there, the new name is taken, or the votes have no meaning; nothing has
+                changed then.
+
+        Source: the signature is that of LoRA's `add_weighted_adapter`.
+        """
+        check_votes(adapters, weights, combination_type)
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"no adapters named {missing}; loaded are {sorted(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter named '{adapter_name}' already: delete it, or take another name.")
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, MaskLayer) and not layer.available_adapters.isdisjoint(adapters)
+        }
+        self.peft_config[adapter_name] = _combined_config([self.peft_config[name] for name in adapters], layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
+            masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
+            layer.peft_mask_bits.fill(adapter_name, pack_bits(combined_mask(masks, weights, combination_type)))
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
+                first = module.modules_to_save[adapters[0]]
+                module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
 
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:
@@ -329,6 +369,25 @@ class MaskModel(BaseTuner):
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         return state_from_records(model, config, adapter_name, state_dict)
+
+
+def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer]) -> MaskConfig:
+    """Return the configuration of an adapter that masks all these layers, after the first of `configs`."""
+    sparsities = [config.target_sparsity for config in configs if config.target_sparsity is not None]
+    return dataclasses.replace(
+        configs[0],
+        inference_mode=True,
+        # parts of what a module masks carry its name already, and target_parameters are the same for all
+        target_modules={
+            name for name, layer in layers.items() if ".base_layer" not in name and not isinstance(layer, ParamWrapper)
+        },
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        record_bytes=None,
+        target_bytes=None,
+        target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
+    )
 
 
 def _largest(config: MaskConfig) -> float:

@@ -7,15 +7,15 @@ decoded at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer
-from peft_mask.state import BITS, checked_bits, named, rebuilt_scores
+from peft_mask.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
 
 
 def record_sizes(tensors: Mapping[str, Tensor], adapter_name: str) -> list[int]:
@@ -29,26 +29,23 @@ def record_sizes(tensors: Mapping[str, Tensor], adapter_name: str) -> list[int]:
     return [len(records[name]) for name in sorted(records)]
 
 
-def sizes_by_module(config: MaskConfig, modules: Iterable[str]) -> dict[str, int]:
-    """Return the length of each module's record in the file to be loaded; nothing if unknown, or of other modules."""
-    sizes, names = config.records_to_come, sorted(modules)
-    return dict(zip(names, sizes, strict=True)) if len(names) == len(sizes) else {}
+def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
+    """Let the layers of an adapter take its records by name, if it is known how long these are.
 
-
-def make_room(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, size: int) -> None:
-    """Let a layer take an adapter's record by name: as bits or, if the adapter is to be trained on, as scores.
-
-    The latter start as with PEFT, from `init_margin` on either side of the threshold; if the file holds scores as well,
-    these come after the record and by their own names.
+    An adapter that is only used gets bits of them. One that is to be trained on gets scores, as with PEFT, of
+    `init_margin` on either side of the threshold; if the file holds scores as well, these come after the records and by
+    their own names.
 
     Args:
-        layer: a layer with the adapter.
+        model: the model with the layers.
         adapter_name: which adapter.
         config: its configuration.
-        module_name: name of the layer, for messages.
-        size: length of the record.
     """
-    layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, module_name))
+    layers = layers_of_adapter(model, adapter_name)
+    if len(config.records_to_come) != len(layers):  # unknown, or of other modules
+        return
+    for (name, layer), size in zip(sorted(layers.items()), config.records_to_come, strict=True):
+        layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, name))
 
 
 def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, data: Tensor) -> None:

@@ -81,10 +81,10 @@ def records_of_adapter(
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
         bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
+        shape = layer.mask_shape
         with onloaded(layer):
-            weight = layer.unmerged_weight()
-            tensors[bits_key] = write_record(bits, weight.shape, layer.fingerprint())
-        if count_zeros(bits, weight.shape) == weight.numel():
+            tensors[bits_key] = write_record(bits, shape, layer.fingerprint())
+        if count_zeros(bits, shape) == shape.numel():
             dead.append(_module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
@@ -195,7 +195,8 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
                 f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
                 "file damaged?"
             ) from error
-        foreign = config.check_base and not weight.is_meta and not record.fingerprint.matches(weight)
+        exact = None if layer.stored.exact else False
+        foreign = config.check_base and not weight.is_meta and not record.fingerprint.matches(weight, exact=exact)
         if foreign and count_zeros(record.bits, weight.shape):  # a mask that keeps everything is right for every base
             raise ValueError(
                 f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "

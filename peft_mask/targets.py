@@ -1,16 +1,22 @@
-"""Which modules of a model are masked, and which stand outside the backbone: found, not listed by architecture."""
+"""Which weights of a model are masked, and which modules are its task head: found, not listed by architecture."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask.config import MaskConfig
+from peft_mask.layer import MaskLayer
+from peft_mask.modules import mask_layer_type, stored_weights
+from peft_mask.stand_in import ParamWrapper
+from peft_mask.stored import StoredWeight
 
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -20,7 +26,7 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     if config.task_type in _TASKS_WITH_HEAD:
         missing = [name for name in head_modules(model) if name not in (config.modules_to_save or [])]
         config.modules_to_save = [*(config.modules_to_save or []), *missing]
-    if config.target_modules is None:
+    if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
         config.target_modules = default_target_modules(model, config)
     _maybe_include_all_linear_layers(config, model)
 
@@ -34,6 +40,86 @@ def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, name + ".")
         yield name, module
+
+
+def matched_modules(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that `config` names to be masked, wrapped or not, with their names."""
+    for name, module in outermost_modules(model):
+        if name and check_target_module_exists(config, name):
+            yield name, module
+
+
+def matched_parameters(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield what `config.target_parameters` names: module name, module, and the parameter's own name."""
+    wanted = config.target_parameters or []
+    for name, module in outermost_modules(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for parameter_name, _ in base.named_parameters(recurse=False):
+            if any(f".{name}.{parameter_name}".endswith(f".{target}") for target in wanted):
+                yield name, module, parameter_name
+
+
+def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the weights that `config` masks, by the names of their masks.
+
+    Raises:
+        ValueError: if one could not be masked, or would be masked without effect; the message names the module.
+    """
+    tied = tied_weights(model)
+    shapes = {}
+    for name, module in matched_modules(model, config):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_free(name, module)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(base, nn.Linear):
+            raise ValueError(
+                f"cannot mask '{name}': in evaluation nn.TransformerEncoderLayer reads the weights of its linear "
+                "layers directly and would ignore the mask. Leave it out of target_modules."
+            )
+        try:
+            mask_layer_type(base)
+        except ValueError as error:
+            raise ValueError(
+                f"Target module '{name}' of type {type(base).__name__} is not supported: {error}. Leave it out of "
+                "target_modules, or name it in exclude_modules."
+            ) from error
+        for part, stored in stored_weights(base, name).items():
+            if others := tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}:
+                raise ValueError(
+                    f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked "
+                    "until merging and masked afterwards. Leave it out of target_modules, or untie the weights "
+                    "first."
+                )
+            shapes[part] = stored.shape
+    for name, module, parameter_name in matched_parameters(model, config):
+        if name in shapes or _is_masked_whole(module):
+            raise ValueError(
+                f"cannot mask the parameter '{parameter_name}' of '{name}': target_modules masks that module "
+                "already. Name it in one of target_modules and target_parameters."
+            )
+        _check_free(name, module)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        stored = StoredWeight(base, parameter_name)
+        if len(stored.shape) < 2 or not stored.parameter.is_floating_point():
+            raise ValueError(
+                f"cannot mask the parameter '{parameter_name}' of '{name}': expected a floating tensor of at least "
+                f"two dimensions, got {stored.parameter.dtype} of shape {tuple(stored.shape)}. Leave it out of "
+                "target_parameters."
+            )
+        shapes[f"{name}.{parameter_name}"] = stored.shape
+    return shapes
+
+
+def _check_free(name: str, module: nn.Module) -> None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLayer):
+        raise ValueError(
+            f"cannot mask '{name}': it already carries an adapter of type {type(module).__module__}. Masks do not "
+            "combine with other methods in one layer; unload that adapter first."
+        )
+
+
+def _is_masked_whole(module: nn.Module) -> bool:
+    return isinstance(module, MaskLayer) and not isinstance(module, ParamWrapper)
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Parameter, set[str]]:
@@ -80,6 +166,7 @@ def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if (
             isinstance(base, (nn.Linear, Conv1D))
+            and not isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)  # part of an attention layer
             and name.startswith(backbone)
             and base is not output_embeddings
             and base.weight not in tied

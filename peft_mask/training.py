@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -160,7 +160,7 @@ def saliency_candidates(
     if not layers:
         raise ValueError(f"the adapter '{adapter_name}' has no candidates to choose: set candidates in MaskConfig.")
     trained = {p: p.requires_grad for p in model.parameters()}
-    weights = [cast(Tensor, layer.get_base_layer().weight) for layer in layers.values()]
+    weights = [layer.stored.parameter for layer in layers.values()]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     try:
         model.requires_grad_(False)

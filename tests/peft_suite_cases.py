@@ -31,7 +31,19 @@ CUSTOM = [
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "seed": 7, **SPARSE},
     ),
     ("mask Conv1D", "EmbConv1D", MaskConfig, {"target_modules": ["conv1d"], **SPARSE}),
+    ("mask Embedding", "EmbConv1D", MaskConfig, {"target_modules": ["emb"], **SPARSE}),
+    ("mask Embedding and Conv1D", "EmbConv1D", MaskConfig, {"target_modules": ["emb", "conv1d"], **SPARSE}),
+    ("mask Conv1d", "Conv1d", MaskConfig, {"target_modules": ["conv1d", "lin0"], **SPARSE}),
+    ("mask Conv1d wide", "Conv1dBigger", MaskConfig, {"target_modules": ["conv1d"], **SPARSE}),
+    ("mask Conv2d", "Conv2d", MaskConfig, {"target_modules": ["conv2d"], **SPARSE}),
+    ("mask Conv2d and Linear", "Conv2d", MaskConfig, {"target_modules": ["conv2d", "lin0"], **SPARSE}),
+    ("mask Conv2d groups", "Conv2dGroups", MaskConfig, {"target_modules": ["conv2d"], **SPARSE}),
+    ("mask Conv3d", "Conv3d", MaskConfig, {"target_modules": ["conv3d"], **SPARSE}),
+    ("mask attention", "MHA", MaskConfig, {"target_modules": ["mha"], **SPARSE}),
+    ("mask attention and Linear", "MHA", MaskConfig, {"target_modules": ["mha", "lin0"], **SPARSE}),
+    ("mask parameters", "MlpUsingParameters", MaskConfig, {"target_parameters": ["lin0.weight"], **SPARSE}),
 ]
+VISION = {"mask": MaskConfig(target_modules=["convolution"], modules_to_save=["classifier", "normalization"], **SPARSE)}
 RANDOM = {**SPARSE, "init_weights": False}
 LIN0, LIN1 = {"target_modules": ["lin0"], **RANDOM}, {"target_modules": ["lin1"], **RANDOM}
 MULTIPLE = [
@@ -55,6 +67,7 @@ CONFIGS = {
     "seq_classifier": _row("SEQ_CLS"),
     "token_classification": _row("TOKEN_CLS"),
     "question_answering": _row("QUESTION_ANS"),
+    "quantization": _row("CAUSAL_LM", target_modules=["q_proj", "v_proj"]),
     "config": [(MaskConfig, {})],
 }
 

@@ -35,7 +35,7 @@ PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform"
         ({"init_weights": 1}, "init_weights must be one of"),
         ({"seed": -1}, "seed must be a non-negative integer or None, got -1"),
         ({"seed": 1.0}, "seed must be a non-negative integer or None, got 1.0"),
-        ({"target_parameters": ["experts"]}, r"target_parameters=\['experts'\] is not supported"),
+        ({"target_parameters": "experts"}, "target_parameters must be a list of names, got 'experts'"),
         ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )

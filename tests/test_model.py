@@ -363,8 +363,8 @@ def test_a_model_without_a_known_backbone_needs_target_modules():
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.LayerNorm(4), r"'1' of type LayerNorm is not supported: only torch.nn.Linear and transformers' Conv1D"),
-        (nn.Bilinear(2, 2, 2), "'1' of type Bilinear is not supported: only torch.nn.Linear"),
+        (nn.LayerNorm(4), r"'1' of type LayerNorm is not supported: supported are Linear, Conv1D, Conv1d"),
+        (nn.Bilinear(2, 2, 2), "'1' of type Bilinear is not supported: supported are Linear"),
         (nn.MultiheadAttention(4, 2).out_proj, "nn.MultiheadAttention reads the weight of its out_proj directly"),
         (type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(2, 2), "Odd computes its output in its own way"),
     ],
