@@ -45,12 +45,12 @@ class BitsDict(BufferDict):
         self._receivers[adapter_name] = receive
 
     def fill(self, adapter_name: str, bits: Tensor) -> None:
-        """Give an adapter its mask if it is awaited, on the device where it is; another keeps its tensor."""
-        if adapter_name not in self._awaited:
-            return
-        device = self[adapter_name].device
-        self._forget(adapter_name)
-        self[adapter_name] = bits.to(device)
+        """Give an adapter its mask, on the device where it was awaited; in the same tensor if it has one already."""
+        if adapter_name in self._awaited:
+            self._forget(adapter_name)
+            self[adapter_name] = bits.to(self[adapter_name].device)
+        else:
+            self[adapter_name].copy_(bits)
 
     def close(self, adapter_name: str) -> None:
         """Remove the room for the record of an adapter with scores, if there is any."""

@@ -30,18 +30,22 @@ def record_sizes(tensors: Mapping[str, Tensor], adapter_name: str) -> list[int]:
 
 
 def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
-    """Let an adapter's layers take their records by name: as bits or, if it is to be trained on, as scores.
+    """Let the layers of an adapter take its records by name, if it is known how long these are.
 
-    The latter start as with PEFT, from `init_margin` on either side of the threshold; if the file holds scores as well,
-    these come after the record and by their own names. Nothing is done if the configuration does not say how long the
-    records are, or says it of other layers.
+    An adapter that is only used gets bits of them. One that is to be trained on gets scores, as with PEFT, of
+    `init_margin` on either side of the threshold; if the file holds scores as well, these come after the records and by
+    their own names.
+
+    Args:
+        model: the model with the layers.
+        adapter_name: which adapter.
+        config: its configuration.
     """
     layers = layers_of_adapter(model, adapter_name)
-    names, sizes = sorted(layers), config.records_to_come
-    if len(names) == len(sizes):
-        for name, size in zip(names, sizes, strict=True):
-            receive = partial(_receive, layers[name], adapter_name, config, name)
-            layers[name].peft_mask_bits.make_room(adapter_name, size, receive)
+    if len(config.records_to_come) != len(layers):  # unknown, or of other modules
+        return
+    for (name, layer), size in zip(sorted(layers.items()), config.records_to_come, strict=True):
+        layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, name))
 
 
 def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, data: Tensor) -> None:

@@ -34,11 +34,11 @@ from peft_mask import MaskCallback, MaskConfig, Masks, create_mask_optimizer, ke
 from peft_mask.layer import MaskLayer
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_heads, tiny_inputs, tiny_model
 
-VERSION = Version(transformers.__version__)
+version = Version(transformers.__version__)
 pytestmark = pytest.mark.skipif(
-    Version("5") <= VERSION < Version("5.18"), reason="this transformers loads no trained heads, LoRA's neither"
+    Version("5") <= version < Version("5.18"), reason="this transformers loads no trained heads, LoRA's neither"
 )
-by_name = pytest.mark.skipif(Version("5") > VERSION, reason="this transformers loads adapters through PEFT's hooks")
+by_name = pytest.mark.skipif(version < Version("5"), reason="this transformers loads adapters through PEFT's hooks")
 rebuilds = pytest.mark.filterwarnings("ignore:the adapter 'default' holds masks without scores")  # so says PEFT's door
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -216,6 +216,14 @@ def test_pipelines_take_the_folder_of_an_adapter_and_adapted_models(folder):
     ]:
         found = pipeline("text-classification", model=model, **told, top_k=None)([text])[0]
         assert sorted(label["score"] for label in found) == pytest.approx(sorted(scores), rel=1e-6)
+
+
+def test_a_loaded_layer_compiles_whole(folder):
+    model = base_in(folder)
+    model.load_adapter(folder / "one")
+    layer = model.get_submodule(QUERY)
+    x = torch.randn(3, 32)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
 def test_a_state_dict_loads_with_its_configuration(folder):
