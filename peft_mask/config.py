@@ -74,6 +74,7 @@ class MaskConfig(PeftConfig):
             zeros are is then told by counting the large weights of the base.
         target_parameters: names or suffixes of parameters to mask, such as the stacked weights of a mixture's experts
             (`"experts.gate_up_proj"`), which no module of their own holds. All adapters of a model name the same.
+        trainable_token_indices: tokens whose embeddings are trained and saved whole beside the masks, as in LoRA.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
@@ -108,6 +109,9 @@ class MaskConfig(PeftConfig):
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
     portable: bool = field(default=True, metadata={"help": "Save masks that are read without the base weights."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to mask."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained."}
+    )
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})

@@ -45,6 +45,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
         self._stashes: list[Displaced] = []  # one a merge
         self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
@@ -239,6 +240,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             self._stashes.append((positions, stored.take(positions)))
             stored.switch_off(positions)
             self.merged_adapters.append(adapter_name)
+            self._is_merged = True
 
     def unmerge(self) -> None:
         """Put the displaced values back: the base weight is bit for bit what it was before merging."""
@@ -250,6 +252,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             self.stored.put(*self._stashes[-1])
             self._stashes.pop()
         del self.merged_adapters[depth:]
+        self._is_merged = depth > 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged."""
+        return self._is_merged
 
     @property
     def merge_depth(self) -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
@@ -199,6 +199,9 @@ class MaskModel(ScoredAdapters):
             unmerged = [name for name in adapter_names or self.active_adapters if not self._is_merged(name)]
             if unmerged:
                 self.merge_adapter(adapter_names=unmerged, safe_merge=safe_merge)
+            for module in self.model.modules():
+                if isinstance(module, TrainableTokensWrapper):
+                    module.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             self.unmerge_adapter()
         return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +30,10 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
         config.target_modules = default_target_modules(model, config)
     _maybe_include_all_linear_layers(config, model)
+    matched = {name for name, _ in matched_modules(model, config)}
+    if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in matched):
+        # PEFT saves the dense embedding as well if it finds the bare name, or a pattern for it, among the targets
+        config.target_modules = matched
 
 
 def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_mask import MaskConfig, hotswap_adapter
+from peft_mask import MaskConfig, Masks, hotswap_adapter
 from peft_mask.layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
 
@@ -15,7 +15,7 @@ def adapters(tmp_path_factory):
     folders, logits = [], []
     for seed in range(3):
         folders.append(tmp_path_factory.mktemp(f"adapter{seed}"))
-        config = MaskConfig(task_type="SEQ_CLS", target_sparsity=0.1, init_weights=False, seed=seed)
+        config = MaskConfig(task_type="SEQ_CLS", target_sparsity=0.1, candidates=0.5, init_weights=False, seed=seed)
         torch.manual_seed(seed)
         model = get_peft_model(tiny_model("bert"), config).eval()
         with torch.no_grad():
@@ -24,6 +24,7 @@ def adapters(tmp_path_factory):
                     p.normal_()
             logits.append(model(**tiny_inputs(model.get_base_model())).logits)
         model.save_pretrained(folders[-1])
+    assert Masks.load(folders[0]) != Masks.load(folders[1]) != Masks.load(folders[2])
     return folders, logits
 
 

@@ -1,0 +1,92 @@
+"""torch.compile: one graph, compiled once, for inference, training and switching."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_mask import MaskConfig, create_mask_optimizer
+from tests.tiny_models import tiny_inputs, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
+
+CONFIG = {"task_type": "SEQ_CLS", "target_sparsity": 0.1, "candidates": 0.5, "init_weights": False}
+
+
+class Compiled:
+    """A model in one graph, and how often it was compiled."""
+
+    def __init__(self, model):
+        torch._dynamo.reset()
+        self.compilations = 0
+        # transformers finds this out in the first forward pass with labels, and would be compiled again for it
+        model.config.problem_type = "single_label_classification"
+        self.model = torch.compile(model, fullgraph=True, backend=self._backend)
+
+    def _backend(self, graph, example_inputs):
+        self.compilations += 1
+        return graph.forward
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"scores_dtype": "bfloat16"}])
+def test_training_steps_run_in_one_graph(fields):
+    def trained(compiled):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("bert"), MaskConfig(**(CONFIG | fields), seed=0)).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        optimizer = create_mask_optimizer(model)
+        forward = Compiled(model.base_model.model) if compiled else model
+        inputs = tiny_inputs(model.get_base_model(), labels=True)
+        losses = []
+        for _ in range(3):
+            loss = forward(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        if compiled:
+            assert forward.compilations == 1
+        return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    losses, parameters = trained(compiled=True)
+    expected_losses, expected = trained(compiled=False)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert len(set(losses)) == 3
+    for name, value in parameters.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_merged_adapters_are_switched_without_compiling_again(tmp_path):
+    fields = {**CONFIG, "task_type": None}  # a head of each adapter's own would be PEFT's to switch, by name
+    for seed in range(3):
+        get_peft_model(tiny_model("bert", "base"), MaskConfig(**fields, seed=seed)).save_pretrained(
+            tmp_path / f"{seed}"
+        )
+    model = PeftModel.from_pretrained(tiny_model("bert", "base"), tmp_path / "0", adapter_name="zero")
+    model.load_adapter(tmp_path / "1", "one")
+    model.load_adapter(tmp_path / "2", "two")
+    inputs = tiny_inputs(model.get_base_model())
+    compiled = Compiled(model.base_model.model)
+    logits = {}
+    with torch.no_grad():
+        for name in ("zero", "one", "two", "zero", "one"):
+            model.base_model.switch_adapter(name)
+            torch.testing.assert_close(compiled(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+            logits[name] = model(**inputs).last_hidden_state
+    assert compiled.compilations == 1
+    assert not torch.equal(logits["zero"], logits["one"])
+
+
+def test_a_compiled_peft_model_takes_adapters_as_it_takes_inputs():
+    model = get_peft_model(tiny_model("bert"), MaskConfig(**CONFIG)).eval()
+    inputs = tiny_inputs(model.get_base_model())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        with model.disable_adapter():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
