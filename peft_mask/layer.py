@@ -57,18 +57,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
         """Add an adapter: room for packed bits that are to be loaded in inference mode, else starting scores."""
-        weight = self.unmerged_weight()
-        self._fingerprint = self.fingerprint()
-        if config.inference_mode:
-            self.peft_mask_bits.wait_for(adapter_name, name)
-        else:
-            positions = choose_candidates(weight, config, name)
-            if positions is not None:
-                self.peft_mask_positions[adapter_name] = positions
-            scores = initial_scores(weight, config, name, positions)
-            self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
-            self.set_sparsity(adapter_name, config.target_sparsity)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with onloaded(self):
+            weight = self.unmerged_weight()
+            self._fingerprint = self.fingerprint()
+            if config.inference_mode:
+                self.peft_mask_bits.wait_for(adapter_name, name)
+            else:
+                positions = choose_candidates(weight, config, name)
+                if positions is not None:
+                    self.peft_mask_positions[adapter_name] = positions
+                scores = initial_scores(weight, config, name, positions)
+                self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
+                self.set_sparsity(adapter_name, config.target_sparsity)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _get_available_adapters(self) -> set[str]:

@@ -81,6 +81,8 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                 f"cannot mask '{name}': in evaluation nn.TransformerEncoderLayer reads the weights of its linear "
                 "layers directly and would ignore the mask. Leave it out of target_modules."
             )
+        if isinstance(base, nn.MultiheadAttention):
+            _check_here(name, base)
         try:
             mask_layer_type(base)
         except ValueError as error:
@@ -104,6 +106,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
             )
         _check_free(name, module)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_here(name, base)
         stored = StoredWeight(base, parameter_name)
         if len(stored.shape) < 2 or not stored.parameter.is_floating_point():
             raise ValueError(
@@ -120,6 +123,14 @@ def _check_free(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"cannot mask '{name}': it already carries an adapter of type {type(module).__module__}. Masks do not "
             "combine with other methods in one layer; unload that adapter first."
+        )
+
+
+def _check_here(name: str, module: nn.Module) -> None:
+    if getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ValueError(
+            f"cannot mask '{name}': accelerate has offloaded it, and would put the base weight in the place of the "
+            "masked one in each forward pass. Keep this module on a device, or leave it out."
         )
 
 

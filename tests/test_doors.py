@@ -1,11 +1,14 @@
 """PEFT's own doors and fields, with a mask in the place of LoRA: what its quicktour shows, and what is refused."""
 
+import accelerate
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, Masks, create_mask_optimizer
+from peft_mask.layer import MaskLayer
+from tests.test_modules import case, config
 from tests.tiny_models import tiny_inputs, tiny_model
 
 
@@ -92,3 +95,50 @@ def test_an_embedding_that_peft_would_save_whole_is_named_so_that_it_does_not(tm
     inputs = tiny_inputs(model.get_base_model())
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("offload", ["disk", "cpu"])
+@pytest.mark.parametrize("module", ["linear", "conv2d", "embedding"])
+def test_an_offloaded_base_is_masked_merged_and_trained_as_any_other(module, offload, tmp_path):
+    def wrapped(base):
+        return get_peft_model(base, config(module, "candidates"))
+
+    base, x = case(module)
+    model = wrapped(base)
+    offloaded, _ = case(module)
+    if offload == "disk":
+        accelerate.disk_offload(offloaded, tmp_path / "weights", execution_device="cpu")
+    else:
+        accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert all(p.is_meta for p in offloaded.parameters())
+    other = wrapped(offloaded)
+
+    scores = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = model(x)
+    expected.square().sum().backward()
+    output = other(x)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    for name, p in other.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, scores[name].grad)
+
+    model.save_pretrained(tmp_path / "ours")
+    other.save_pretrained(tmp_path / "theirs")
+    assert Masks.load(tmp_path / "ours") == Masks.load(tmp_path / "theirs")
+    with torch.no_grad():
+        other.merge_adapter()
+        torch.testing.assert_close(other(x), expected)
+        other.unmerge_adapter()
+        torch.testing.assert_close(other(x), expected)
+        with other.disable_adapter():
+            torch.testing.assert_close(other(x), case(module)[0](x))
+
+
+@pytest.mark.parametrize("module", ["attention", "experts"])
+def test_modules_whose_weight_is_exchanged_are_refused_where_they_are_offloaded(module):
+    base, _ = case(module)
+    accelerate.cpu_offload(base, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"cannot mask '.*': accelerate has offloaded it"):
+        get_peft_model(base, config(module))
+    assert not any(isinstance(child, MaskLayer) for child in base.modules())
