@@ -219,41 +219,65 @@ def encoder(tmp_path_factory):
     return str(folder / "base")
 
 
-def test_a_sentence_transformer_trains_saves_and_loads_a_mask(encoder, tmp_path):
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+def encoder_trainer(model, folder, **arguments):
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    sentences = [text(i) for i in range(4)]
-    model = SentenceTransformer(encoder)
-    plain = model.encode(sentences)
-    model.add_adapter(MaskConfig(task_type="FEATURE_EXTRACTION", target_sparsity=0.05))
-    trainer = SentenceTransformerTrainer(
+    pairs = {"anchor": [text(i) for i in range(8)], "positive": [text(i + 1) for i in range(8)]}
+    return SentenceTransformerTrainer(
         model,
-        SentenceTransformerTrainingArguments(str(tmp_path / "run"), max_steps=2, **SETTINGS),
-        train_dataset=Dataset.from_dict(
-            {"anchor": [text(i) for i in range(8)], "positive": [text(i + 1) for i in range(8)]}
-        ),
+        SentenceTransformerTrainingArguments(str(folder), max_steps=2, **(SETTINGS | arguments)),
+        train_dataset=Dataset.from_dict(pairs),
         loss=MultipleNegativesRankingLoss(model),
         optimizers=(create_mask_optimizer(model), None),
         callbacks=[MaskCallback()],
     )
+
+
+def masked_encoder(folder):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(folder)
+    model.add_adapter(MaskConfig(task_type="FEATURE_EXTRACTION", target_sparsity=0.05))
+    return model
+
+
+SENTENCES = [text(i) for i in range(4)]
+
+
+def test_a_sentence_transformer_trains_saves_and_loads_a_mask(encoder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    plain = SentenceTransformer(encoder).encode(SENTENCES)
+    model = masked_encoder(encoder)
+    trainer = encoder_trainer(model, tmp_path / "run")
     trainer.train()
     assert len(logged(trainer, "sparsity")) == 2
-    trained = model.encode(sentences)
+    trained = model.encode(SENTENCES)
     assert (trained != plain).any()
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert all(name.endswith("peft_mask_bits") for name in load_file(tmp_path / "adapter" / FILE))
-    assert (SentenceTransformer(str(tmp_path / "adapter")).encode(sentences) == trained).all()
+    assert (SentenceTransformer(str(tmp_path / "adapter")).encode(SENTENCES) == trained).all()
     other = SentenceTransformer(encoder)
     other.load_adapter(str(tmp_path / "adapter"))
-    assert (other.encode(sentences) == trained).all()
+    assert (other.encode(SENTENCES) == trained).all()
     other.disable_adapters()
-    assert (other.encode(sentences) == plain).all()
+    assert (other.encode(SENTENCES) == plain).all()
+
+
+def test_a_checkpoint_of_a_sentence_transformer_is_whole_though_its_trainer_does_not_resume(encoder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = masked_encoder(encoder)
+    encoder_trainer(model, tmp_path, save_strategy="steps", save_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        encoder_trainer(masked_encoder(encoder), tmp_path / "b").train(resume_from_checkpoint=checkpoint)
+    assert (SentenceTransformer(checkpoint).encode(SENTENCES) == model.encode(SENTENCES)).all()
+    trained_on = SentenceTransformer(encoder)
+    trained_on.load_adapter(checkpoint, is_trainable=True)
+    assert equal(scores(trained_on), scores(model))
 
 
 # ---- diffusers ----
@@ -307,6 +331,8 @@ def test_a_unet_trains_saves_and_loads_a_mask_of_linear_layers_and_convolutions(
     model.disable_adapters()
     assert torch.equal(denoised(model), plain)
     model.enable_adapters()
+    with pytest.raises(AttributeError, match="set_scale"):
+        model.set_adapters("default", weights=0.5)
 
     model.save_lora_adapter(tmp_path)
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
@@ -316,6 +342,13 @@ def test_a_unet_trains_saves_and_loads_a_mask_of_linear_layers_and_convolutions(
     other.add_adapter(MaskConfig(target_modules=UNET_TARGETS, inference_mode=True))
     set_peft_model_state_dict(other, tensors)
     assert torch.equal(denoised(other), trained)
+
+    other.fuse_lora()
+    assert torch.equal(denoised(other), trained)
+    other.unfuse_lora()
+    other.unload_lora()
+    assert not layers(other)
+    assert torch.equal(denoised(other), plain)
 
     lora = unet()
     with pytest.raises(TypeError, match="LoraConfig"):
