@@ -123,7 +123,7 @@ def test_sft_casts_the_scores_of_a_quantized_base_to_bfloat16_and_they_are_train
         after = scores(trainer.model)
         assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
         trained.append(after)
-    assert equal(*trained)  # to prepare it for training changes nothing of that
+    assert equal(*trained)  # to prepare the base for training changes none of them
     trainer.save_model(tmp_path / "out")
     assert 0.019 < Masks.load(tmp_path / "out").sparsity < 0.021
     assert torch.equal(logits(PeftModel.from_pretrained(nf4(), tmp_path / "out")), logits(trainer.model))
@@ -163,6 +163,7 @@ def test_the_reference_of_dpo_is_the_base_without_the_mask(tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2))  # every weight is kept at the start
     assert logged(trainer, "rewards/chosen")[0] == 0
     assert 0 not in logged(trainer, "rewards/chosen")[1:]
+    assert len(logged(trainer, "sparsity")) == 3
     trainer.save_model(tmp_path / "out")
     assert all(name.endswith("peft_mask_bits") for name in load_file(tmp_path / "out" / FILE))
     again = PeftModel.from_pretrained(causal_lm(), tmp_path / "out")
