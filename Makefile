@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "[2/3] $(VENV): torch (the largest download)"
 	@$(PIP) torch
 	@echo "[3/3] $(VENV): peft-mask with its other dependencies"
-	@$(PIP) -e ".[dev,examples,plots]"
+	@$(PIP) -e ".[dev,examples,neighbors,plots]"
 	@touch $@
 
 demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-tuning, switch between them

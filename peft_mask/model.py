@@ -104,11 +104,17 @@ class MaskModel(ScoredAdapters):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        trained = {
+            layer: layer.peft_mask_scores[adapter_name]
+            for _, layer in self._scored_layers(adapter_name, required=False)
+        }
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:  # PEFT's idea of that is float32, ours what the configuration says
             dtype = getattr(torch, self.peft_config[adapter_name].scores_dtype)
-            for _, layer in self._scored_layers(adapter_name, required=False):
-                layer.peft_mask_scores[adapter_name].data = layer.peft_mask_scores[adapter_name].data.to(dtype)
+            for layer, scores in trained.items():
+                scores.data = scores.data.to(dtype)
+                # PEFT makes new parameters of 16-bit ones. It does that in a resume, too, after the optimizer was made.
+                layer.peft_mask_scores[adapter_name] = scores
 
     # ---- adapters made of others ----
 

@@ -20,11 +20,9 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -32,7 +30,7 @@ from transformers import (
 
 from peft_mask import MaskCallback, MaskConfig, Masks, create_mask_optimizer, keep_scores
 from peft_mask.layer import MaskLayer
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_heads, tiny_inputs, tiny_model
+from tests.tiny_models import FAMILIES, tiny_heads, tiny_inputs, tiny_model, tiny_tokenizer
 
 version = Version(transformers.__version__)
 pytestmark = pytest.mark.skipif(
@@ -76,10 +74,7 @@ def folder(tmp_path_factory):
     """A base with tokenizer, and two adapters of it with trained heads: `base`, `one`, `two`."""
     folder = tmp_path_factory.mktemp("native")
     tiny_model("bert").save_pretrained(folder / "base")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", unk_token="w3")
-    tokenizer.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
     for seed, name in enumerate(["one", "two"]):
         model = get_peft_model(base_in(folder), MaskConfig(task_type="SEQ_CLS", target_sparsity=0.05))
         train_a_step(model, seed=seed).save_pretrained(folder / name)

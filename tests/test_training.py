@@ -126,15 +126,16 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
-    whole = masked_bert()
+@pytest.mark.parametrize("scores_dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, scores_dtype):
+    whole = masked_bert(scores_dtype=scores_dtype)
     saving = {"save_strategy": "steps", "save_steps": 3}
     uninterrupted = trainer(whole, tmp_path / "a", MaskCallback(), **saving)
     uninterrupted.train()
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(masked_bert(), tmp_path / "b", MaskCallback(), Interrupt(), **saving).train()
-    resumed = masked_bert()
+        trainer(masked_bert(scores_dtype=scores_dtype), tmp_path / "b", MaskCallback(), Interrupt(), **saving).train()
+    resumed = masked_bert(scores_dtype=scores_dtype)
     again = trainer(resumed, tmp_path / "b", MaskCallback(), **saving)
     again.train(resume_from_checkpoint=True)
 

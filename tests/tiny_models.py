@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 VOCAB_SIZE, PAD, BOS, EOS = 64, 1, 0, 2
@@ -140,6 +142,15 @@ def tiny_model(family: str, head: str = "seq_cls", seed: int = 0) -> PreTrainedM
                 torch.manual_seed(seed)
                 return auto.from_config(config).eval()
     raise ValueError(f"transformers has no {head!r} head for {family!r}; it has {tiny_heads(family)}")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for these models whose words are w0, w1 and so on; w3 stands for all other words."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=f"w{BOS}", pad_token=f"w{PAD}", eos_token=f"w{EOS}", unk_token="w3"
+    )
 
 
 def tiny_inputs(
