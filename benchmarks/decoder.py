@@ -151,7 +151,7 @@ def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> 
     result = {"method": name, "rate": rate, "dev": score(model, setting.blocks["dev"]), **figures}
     if result["dev"] < best:
         result["test"] = score(model, setting.blocks["test"])
-    print(f"  {({key: value for key, value in result.items() if key != 'losses'})}", flush=True)
+    print(f"  { ({key: value for key, value in result.items() if key != 'losses'}) }", flush=True)
     file.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n", "utf-8")
     return result
 
@@ -204,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "gradient norm 1, no weight decay, products in bfloat16.\n\n"
         + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
     )
-    report("decoder", "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results)
+    report(
+        "decoder", "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results
+    )
 
 
 if __name__ == "__main__":
