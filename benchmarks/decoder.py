@@ -3,9 +3,9 @@
     python -m examples.smollm2 smollm2
     python -m benchmarks.decoder --model smollm2 --data FOLDER
 
-FOLDER holds `train.jsonl`, `dev.jsonl` and `test.jsonl` with texts. Every method sees the same blocks in the same order.
-The rate is chosen on dev; test is scored at that rate alone. One JSON file a run, in `results/decoder`: what has a file is
-not run again. Hours on a laptop.
+FOLDER holds `train.jsonl`, `dev.jsonl` and `test.jsonl` with texts. Every method sees the same blocks in the same
+order. Dev chooses the rate at which test is scored. One JSON file a run, in `results/decoder`: what has a file is not
+run again. An hour on a laptop.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Method:
     build: Callable[[nn.Module], nn.Module]
     optimizer: Callable[[nn.Module, float], Optimizer]
     rates: tuple[float, ...]
+    before_step: Callable[[Any, float], None] = lambda model, progress: None  # progress from 0 to 1
 
 
 def adamw(model: nn.Module, rate: float) -> Optimizer:
@@ -55,16 +56,26 @@ def lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
 
 
-def mask(**fields: Any) -> Method:
+def grow(sparsity: float) -> Callable[[Any, float], None]:
+    """Let the budget of a mask grow over the first half of the training."""
+
+    def before_step(model: Any, progress: float) -> None:
+        model.base_model.set_target_sparsity(sparsity * min(1.0, 2 * progress))
+
+    return before_step
+
+
+def mask(before_step: Callable[[Any, float], None] = lambda model, progress: None, **fields: Any) -> Method:
     def build(model: nn.Module) -> nn.Module:
         return get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **fields))
 
     # any rate does the same
-    return Method(build, lambda model, rate: create_mask_optimizer(model, mask_lr=rate), (5e-4,))
+    return Method(build, lambda model, rate: create_mask_optimizer(model, mask_lr=rate), (5e-4,), before_step)
 
 
 METHODS = {
     "mask": mask(),
+    "mask, growing": mask(grow(0.005)),
     "LoRA r=8": Method(lora, adamw, (3e-4, 1e-3, 3e-3)),
     "full fine-tuning": Method(lambda model: model, adamw, (3e-5, 1e-4, 3e-4)),
     "mask, 2 % off": mask(target_sparsity=0.02),
@@ -117,7 +128,8 @@ def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dic
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * setting.steps), setting.steps)
     losses, start = [], time.perf_counter()
     model.train()
-    for batch in setting.batches():
+    for number, batch in enumerate(setting.batches(), start=1):
+        method.before_step(model, number / setting.steps)
         loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -200,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [best_of(name, setting, folder) for name in ("base model", *options.methods)]
     body = (
         f"{options.data.name}, {setting.steps} steps of {setting.batch_size} blocks of {BLOCK_SIZE} tokens, one seed; "
-        "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear decay, "
-        "gradient norm 1, no weight decay, products in bfloat16.\n\n"
+        "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear "
+        "decay, gradient norm 1, no weight decay, products in bfloat16.\n\n"
         + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
     )
     report(

