@@ -26,7 +26,15 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
 
@@ -107,8 +115,10 @@ def pack(texts: Iterable[str], tokenizer: Any, block_size: int) -> torch.Tensor:
         int64 of shape (blocks, block_size).
 
     Raises:
-        ValueError: if the texts do not fill a block.
+        ValueError: if the tokenizer has no such token, or the texts do not fill a block.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token): take the one of a causal language model.")
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([*chain.from_iterable([*text, tokenizer.eos_token_id] for text in ids)], dtype=torch.long)
     if len(tokens) < block_size:
@@ -121,6 +131,21 @@ def pack(texts: Iterable[str], tokenizer: Any, block_size: int) -> torch.Tensor:
 def as_dataset(blocks: torch.Tensor) -> Dataset:
     """Make of blocks what Trainer takes; the model itself shifts the labels by one token."""
     return Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
+
+
+def with_masks(base: PreTrainedModel, names: Sequence[str], arguments: ScriptArguments) -> PeftModel:
+    """Wrap a model for masks of these names.
+
+    Raises:
+        ValueError: if the sparsity or the bytes asked for are out of range.
+    """
+    budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
+    # a config for each: it holds the sparsity that target_bytes turns out to be
+    configs = {name: MaskConfig(task_type="CAUSAL_LM", **budget) for name in names}
+    model = get_peft_model(base, configs[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, configs[name])
+    return model
 
 
 def use(model: PeftModel, name: str) -> Any:
@@ -177,32 +202,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(
         (ScriptArguments, TrainingArguments), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.set_defaults(max_steps=60, per_device_train_batch_size=2, save_strategy="no", logging_steps=10)
-    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available(), warmup_steps=0.1, report_to=["none"])
+    parser.set_defaults(per_device_train_batch_size=2, save_strategy="no", logging_steps=10)
+    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
     arguments, training_arguments = parser.parse_args_into_dataclasses(args=argv)
     set_seed(training_arguments.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
     try:
         blocks = {
             name: [pack(rows[arguments.text_column], tokenizer, arguments.block_size) for rows in splits]
             for name, splits in load_splits(arguments, training_arguments.seed).items()
         }
-        config = MaskConfig(
-            task_type="CAUSAL_LM", target_sparsity=arguments.target_sparsity, target_bytes=arguments.target_bytes
-        )
-        first, *others = blocks
-        model = get_peft_model(base, config, adapter_name=first)
+        model = with_masks(AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path), list(blocks), arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    for name in others:
-        model.add_adapter(name, config)
 
     for name, (train, _) in blocks.items():
         print(f"mask {name}: {train.numel():,} tokens to learn from")
         trainer = train_mask(model, name, train, training_arguments)
+    output = Path(training_arguments.output_dir)
+    model.save_pretrained(output)  # each adapter in a folder of its name
+
     figures: dict[str, dict[str, float]] = {}
     texts: dict[str, list[str]] = {}
     model.eval()
@@ -227,8 +248,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     same = sum(one == other for one, other in zip(mixed, alone, strict=True))
     print(f"{same} of {len(rows)} are the same, letter for letter, when each mask has a batch of its own\n")
 
-    output = Path(training_arguments.output_dir)
-    model.save_pretrained(output)  # each adapter in a folder of its name
     for name in blocks:
         print(f"{output / name}: {(output / name / 'adapter_model.safetensors').stat().st_size:,} bytes")
     return {"perplexity": figures, "texts": dict(zip(rows, mixed, strict=True)), "same": same}

@@ -174,13 +174,6 @@ def test_causal_lm_learns_a_mask_a_file_and_mixes_them(tiny_llama, tmp_path, cap
     assert figures["same"] == len(figures["texts"]) == 2 * len(rows)
     assert all(text.startswith(prompt) for (prompt, _), text in figures["texts"].items())
     assert Masks.load(out / "pets") != Masks.load(out / "trees")
-    # what was printed is what the saved adapters give
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    held_out = causal_lm.pack([f"an oak is a tree {i}" for i in range(40)], tokenizer, 16)
-    base = LlamaForCausalLM.from_pretrained(tiny_llama)
-    plain = base(input_ids=held_out, labels=held_out).loss
-    model = PeftModel.from_pretrained(base, out / "trees").eval()
-    assert model(input_ids=held_out, labels=held_out).loss != plain
     assert all(Masks.load(out / name).sparsity == pytest.approx(0.02, abs=0.001) for name in ("pets", "trees"))
     printed = capsys.readouterr().out
     assert "6 of 6 are the same, letter for letter" in printed
@@ -243,6 +236,11 @@ def test_blocks_hold_the_texts_in_order_with_an_end_after_each(tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     blocks = causal_lm.pack(["cat", "an oak"], tokenizer, 3)
     assert [tokenizer.decode(block) for block in blocks] == ["cat", "</s>an", " oa"]  # the rest fills no block
+
+
+def test_texts_without_an_end_are_refused(tiny_bert):
+    with pytest.raises(ValueError, match=r"no end-of-text token \(eos_token\)"):
+        causal_lm.pack(["cat"], AutoTokenizer.from_pretrained(tiny_bert), 3)
 
 
 def test_smollm2_asks_for_what_is_missing(tmp_path, monkeypatch):
