@@ -76,7 +76,7 @@ def mask(before_step: Callable[[Any, float], None] = lambda model, progress: Non
 METHODS = {
     "mask": mask(),
     "mask, growing": mask(grow(0.005)),
-    "LoRA r=8": Method(lora, adamw, (3e-4, 1e-3, 3e-3)),
+    "LoRA r=8": Method(lora, adamw, (1e-3, 3e-3, 1e-2)),
     "full fine-tuning": Method(lambda model: model, adamw, (3e-5, 1e-4, 3e-4)),
     "mask, 2 % off": mask(target_sparsity=0.02),
     "mask, 0.17 % off": mask(target_sparsity=0.0017),
@@ -116,8 +116,8 @@ def score(model: nn.Module, blocks: torch.Tensor) -> float:
     """Return the mean negative log-likelihood of a token, in nats."""
     model.eval()
     with torch.inference_mode():
-        losses = [loss_of(model, batch) for batch in blocks.split(4)]
-    return float(torch.stack(losses).mean())
+        total = sum(loss_of(model, batch).item() * len(batch) for batch in blocks.split(4))
+    return total / len(blocks)
 
 
 def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
