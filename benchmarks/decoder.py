@@ -77,8 +77,9 @@ METHODS = {
     "mask": mask(),
     "mask, growing": mask(grow(0.005)),
     "LoRA r=8": Method(lora, adamw, (1e-3, 3e-3, 1e-2)),
-    "full fine-tuning": Method(lambda model: model, adamw, (3e-5, 1e-4, 3e-4)),
+    "full fine-tuning": Method(lambda model: model, adamw, (1e-4, 3e-4, 1e-3)),
     "mask, 2 % off": mask(target_sparsity=0.02),
+    "mask, 2 % off, growing": mask(grow(0.02), target_sparsity=0.02),
     "mask, 0.17 % off": mask(target_sparsity=0.0017),
 }
 
