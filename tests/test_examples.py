@@ -331,10 +331,11 @@ def test_committed_sentences_have_every_tag_in_both_splits_and_share_none(name, 
     assert not train & test
 
 
-def test_committed_texts_have_every_label_in_both_splits():
-    files = {split: str(DATA / "banking77" / f"{split}.csv") for split in SPLITS}
+@pytest.mark.parametrize(("name", "labels"), [("banking77", 77), ("clinc150", 150)])
+def test_committed_texts_have_every_label_in_both_splits(name, labels):
+    files = {split: str(DATA / name / f"{split}.csv") for split in SPLITS}
     rows = load_dataset("csv", data_files=files)
-    assert len(set(rows["train"]["label"])) == 77
+    assert len(set(rows["train"]["label"])) == labels
     assert set(rows["train"]["label"]) == set(rows["test"]["label"])
     assert rows["train"].column_names == ["text", "label"]
 
@@ -342,5 +343,5 @@ def test_committed_texts_have_every_label_in_both_splits():
 def test_committed_data_stay_small_and_say_where_they_come_from():
     assert sum(file.stat().st_size for file in DATA.rglob("*") if file.suffix != ".pyc") < 1_000_000
     text = (DATA / "README.md").read_text()
-    for name in (demo.FIRST, demo.SECOND, "banking77", "CC BY 4.0", "CC BY-SA 4.0"):
+    for name in (demo.FIRST, demo.SECOND, "banking77", "clinc150", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 4.0"):
         assert name in text

@@ -3,7 +3,8 @@
     git clone https://github.com/UniversalDependencies/UD_English-EWT
     git clone https://github.com/leondz/emerging_entities_17
     git clone https://github.com/PolyAI-LDN/task-specific-datasets
-    python -m examples.data.cut UD_English-EWT emerging_entities_17 task-specific-datasets/banking_data
+    git clone https://github.com/clinc/oos-eval
+    python -m examples.data.cut UD_English-EWT emerging_entities_17 task-specific-datasets/banking_data oos-eval/data
 
 The commits that were used are in README.md beside this file; with them the script writes the committed files again,
 byte for byte.
@@ -11,6 +12,7 @@ byte for byte.
 
 import argparse
 import csv
+import json
 import random
 import unicodedata
 from pathlib import Path
@@ -76,6 +78,10 @@ def read_banking77(file: Path) -> list[Row]:
         return [(row["text"], row["category"]) for row in csv.DictReader(lines)]
 
 
+def read_clinc150(file: Path, split: str) -> list[Row]:
+    return [(text, label) for text, label in json.loads(file.read_text("utf-8"))[split]]
+
+
 def cut_texts(rows: list[Row], per_label: int) -> list[Row]:
     """Choose up to `per_label` distinct short texts of every label, in an order that mixes the labels."""
     texts: dict[str, list[str]] = {}
@@ -106,6 +112,7 @@ def main() -> None:
     parser.add_argument("ud_ewt", type=Path, help="folder of en_ewt-ud-train.conllu and en_ewt-ud-test.conllu")
     parser.add_argument("wnut17", type=Path, help="folder of wnut17train.conll and emerging.test.annotated")
     parser.add_argument("banking77", type=Path, help="folder of train.csv and test.csv")
+    parser.add_argument("clinc150", type=Path, help="folder of data_full.json")
     arguments = parser.parse_args()
 
     train, test = (read_conllu(arguments.ud_ewt / f"en_ewt-ud-{split}.conllu") for split in ("train", "test"))
@@ -115,6 +122,9 @@ def main() -> None:
     for split, per_label in (("train", 8), ("test", 2)):
         rows = cut_texts(read_banking77(arguments.banking77 / f"{split}.csv"), per_label)
         write_texts(HERE / "banking77" / f"{split}.csv", rows)
+    for split, per_label in (("train", 4), ("test", 1)):
+        rows = cut_texts(read_clinc150(arguments.clinc150 / "data_full.json", split), per_label)
+        write_texts(HERE / "clinc150" / f"{split}.csv", rows)
 
 
 if __name__ == "__main__":

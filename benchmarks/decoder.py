@@ -1,0 +1,226 @@
+"""Perplexity of held-out text after a short training of a real decoder: masks, LoRA r=8 and full fine-tuning.
+
+    python -m examples.smollm2 smollm2
+    python -m benchmarks.decoder --model smollm2 --data FOLDER
+
+FOLDER holds `train.jsonl`, `dev.jsonl` and `test.jsonl` with texts. Every method sees the same blocks in the same
+order. Dev chooses the rate at which test is scored. One JSON file a run, in `results/decoder`: what has a file is not
+run again. An hour on a laptop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from benchmarks.accuracy.sizes import measure
+from benchmarks.harness import RESULTS, environment, report, table
+from examples.causal_lm import pack
+from peft_mask import MaskConfig, create_mask_optimizer
+
+BLOCK_SIZE = 128
+SEED = 0
+WARMUP = 0.1
+SPLITS = {"dev": 32, "test": 64}  # blocks that are scored
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a base model becomes trainable, and the rates among which dev chooses."""
+
+    build: Callable[[nn.Module], nn.Module]
+    optimizer: Callable[[nn.Module, float], Optimizer]
+    rates: tuple[float, ...]
+    before_step: Callable[[Any, float], None] = lambda model, progress: None  # progress from 0 to 1
+
+
+def adamw(model: nn.Module, rate: float) -> Optimizer:
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+
+
+def lora(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+
+
+def grow(sparsity: float) -> Callable[[Any, float], None]:
+    """Let the budget of a mask grow over the first half of the training."""
+
+    def before_step(model: Any, progress: float) -> None:
+        model.base_model.set_target_sparsity(sparsity * min(1.0, 2 * progress))
+
+    return before_step
+
+
+def mask(before_step: Callable[[Any, float], None] = lambda model, progress: None, **fields: Any) -> Method:
+    def build(model: nn.Module) -> nn.Module:
+        return get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **fields))
+
+    # any rate does the same
+    return Method(build, lambda model, rate: create_mask_optimizer(model, mask_lr=rate), (5e-4,), before_step)
+
+
+METHODS = {
+    "mask": mask(),
+    "mask, growing": mask(grow(0.005)),
+    "LoRA r=8": Method(lora, adamw, (1e-3, 3e-3, 1e-2)),
+    "full fine-tuning": Method(lambda model: model, adamw, (1e-4, 3e-4, 1e-3)),
+    "mask, 2 % off": mask(target_sparsity=0.02),
+    "mask, 2 % off, growing": mask(grow(0.02), target_sparsity=0.02),
+    "mask, 0.17 % off": mask(target_sparsity=0.0017),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    model: str
+    blocks: dict[str, torch.Tensor]  # split -> (blocks, BLOCK_SIZE)
+    steps: int
+    batch_size: int
+
+    def base(self) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+
+    def batches(self) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(SEED)
+        train, wanted = self.blocks["train"], self.steps * self.batch_size
+        epochs = -(-wanted // len(train))
+        order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])[:wanted]
+        return list(train[order].split(self.batch_size))
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def loss_of(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+    with autocast():
+        return model(input_ids=blocks, labels=blocks).loss
+
+
+def score(model: nn.Module, blocks: torch.Tensor) -> float:
+    """Return the mean negative log-likelihood of a token, in nats."""
+    model.eval()
+    with torch.inference_mode():
+        total = sum(loss_of(model, batch).item() * len(batch) for batch in blocks.split(4))
+    return total / len(blocks)
+
+
+def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(SEED)
+    model = method.build(setting.base())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = method.optimizer(model, rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * setting.steps), setting.steps)
+    losses, start = [], time.perf_counter()
+    model.train()
+    for number, batch in enumerate(setting.batches(), start=1):
+        method.before_step(model, number / setting.steps)
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) % 10 == 0:
+            print(f"  step {len(losses)}, loss {sum(losses[-10:]) / 10:.3f}", flush=True)
+    figures = {"seconds": time.perf_counter() - start, "losses": losses, "trained": sum(p.numel() for p in trained)}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return model, figures | measure(Path(folder))
+
+
+def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> dict[str, Any]:
+    """Train once, unless there is a result; score dev, and test if no rate tried before was better on dev.
+
+    Args:
+        name: of a method; another name stands for the base model as it is.
+        rate: learning rate.
+        setting: what all runs share.
+        folder: of the results.
+        best: lowest loss on dev of the rates before.
+    """
+    file = folder / f"{name.replace(' ', '-').replace(',', '')}-{rate:g}-{setting.steps}x{setting.batch_size}.json"
+    if file.exists():
+        return json.loads(file.read_text("utf-8"))
+    print(f"{name}, rate {rate:g}", flush=True)
+    model, figures = train(METHODS[name], rate, setting) if name in METHODS else (setting.base(), {})
+    result = {"method": name, "rate": rate, "dev": score(model, setting.blocks["dev"]), **figures}
+    if result["dev"] < best:
+        result["test"] = score(model, setting.blocks["test"])
+    print(f"  { ({key: value for key, value in result.items() if key != 'losses'}) }", flush=True)
+    file.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n", "utf-8")
+    return result
+
+
+def best_of(name: str, setting: Setting, folder: Path) -> tuple[dict[str, Any], list[float]]:
+    """Return the result at the rate with the lowest loss on dev, and the losses on dev of all rates."""
+    tries: list[dict[str, Any]] = []
+    for rate in METHODS[name].rates if name in METHODS else (0.0,):
+        tries.append(run(name, rate, setting, folder, min((tried["dev"] for tried in tries), default=math.inf)))
+    return min(tries, key=lambda tried: tried["dev"]), [tried["dev"] for tried in tries]
+
+
+def row(result: dict[str, Any], dev: Sequence[float]) -> tuple[str, ...]:
+    rates = METHODS[result["method"]].rates if len(dev) > 1 else ()
+    return (
+        result["method"],
+        f"{math.exp(result['dev']):.2f}",
+        f"{math.exp(result['test']):.2f}",
+        f"{result['bytes']:,}" if "bytes" in result else "0",
+        f"{result['bits_per_weight']:.3f}" if "bits_per_weight" in result else "",
+        ", ".join(f"{rate:g}: {math.exp(loss):.2f}" for rate, loss in zip(rates, dev, strict=False)),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the decoder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, dev.jsonl and test.jsonl")
+    parser.add_argument("--field", default="text", help="name of the text in each line")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=2, help=f"blocks of {BLOCK_SIZE} tokens")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    blocks = {}
+    for split in ("train", *SPLITS):
+        lines = (options.data / f"{split}.jsonl").read_text("utf-8").split("\n")
+        texts = [json.loads(line)[options.field] for line in lines if line]
+        random.Random(SEED).shuffle(texts)  # some come sorted by label, and then each text helps to predict the next
+        blocks[split] = pack(texts, tokenizer, BLOCK_SIZE)[: SPLITS.get(split)]
+    setting = Setting(options.model, blocks, options.steps, options.batch_size)
+    folder = options.results / "decoder" / options.data.name
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [best_of(name, setting, folder) for name in ("base model", *options.methods)]
+    body = (
+        f"{options.data.name}, {setting.steps} steps of {setting.batch_size} blocks of {BLOCK_SIZE} tokens, one seed; "
+        "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear "
+        "decay, gradient norm 1, no weight decay, products in bfloat16.\n\n"
+        + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
+    )
+    report(
+        "decoder", "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results
+    )
+
+
+if __name__ == "__main__":
+    main()
