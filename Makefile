@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow peft-suite lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ test: $(READY) ## every test but the slow ones
 
 test-slow: $(READY) ## the slow tests
 	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow test was collected
+
+peft-suite: $(READY) ## PEFT's own tests, with masks in the place of its methods
+	$(RUN) tests/peft_suite.py
 
 lint: $(READY) ## style, types and the direction of imports
 	$(RUN) -m ruff check
