@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -156,7 +157,8 @@ def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> 
         folder: of the results.
         best: lowest loss on dev of the rates before.
     """
-    file = folder / f"{name.replace(' ', '-').replace(',', '')}-{rate:g}-{setting.steps}x{setting.batch_size}.json"
+    slug = re.sub("[^a-z0-9.]+", "-", name.lower())
+    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}.json"
     if file.exists():
         return json.loads(file.read_text("utf-8"))
     print(f"{name}, rate {rate:g}", flush=True)
