@@ -39,7 +39,8 @@ def quantized_weight(module: nn.Module, backend: QuantizationBackend) -> StoredW
         return Bnb4bitWeight(module)
     if backend.backend_name == "bnb 8bit":
         return Bnb8bitWeight(module)
-    if type(module.weight).__name__ == "Int8Tensor" and _is_symmetric(module.weight):
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ == "Int8Tensor" and _is_symmetric(weight):
         return TorchaoInt8Weight(module)
     return DequantizedWeight(module, backend=backend)
 
@@ -170,6 +171,10 @@ class DequantizedWeight(QuantizedWeight):
     """A weight that PEFT can dequantize, in a format with no exact zero, or one unknown here."""
 
     backend: QuantizationBackend = field(kw_only=True)
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        return next(self.module.parameters())  # it may have any name and shape; where it is, the weight is
 
     @property
     def shape(self) -> torch.Size:

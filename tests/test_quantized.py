@@ -5,9 +5,12 @@ import logging
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+import peft_mask.linear
+import peft_mask.modules
 from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.layer import MaskLayer
 
@@ -224,3 +227,56 @@ def test_a_merged_quantized_model_is_saved_and_loaded_as_any_other(bits, tmp_pat
     pairs = [(a, b) for a, b in zip(merged.modules(), loaded.modules(), strict=True) if isinstance(a, quantized)]
     assert pairs
     assert all(torch.equal(dequantized(a), dequantized(b)) for a, b in pairs)
+
+
+class OtherQuantized(nn.Module):
+    """A layer as another library stores it: codes of its own under a name of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.codes = nn.Parameter((linear.weight.data * 100).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes / 100, self.bias)
+
+
+class OtherBackend(QuantizationBackend):
+    layer_type, backend_name = "linear", "hqq"
+
+    def get_base_weight(self, base_layer):
+        return base_layer.codes / 100
+
+
+def known_as(backend, monkeypatch):
+    for module in (peft_mask.modules, peft_mask.linear):
+        found = lambda layer: backend if isinstance(layer, OtherQuantized) else None  # noqa: E731
+        monkeypatch.setattr(module, "quantization_backend", found)
+
+
+def test_what_can_only_be_dequantized_is_trained_and_not_merged(monkeypatch, tmp_path):
+    known_as(OtherBackend(), monkeypatch)
+    plain, relu, second = floats()
+    model = get_peft_model(nn.Sequential(OtherQuantized(plain), relu, second), MaskConfig(**FIELDS, seed=0))
+    x = torch.randn(5, 128)
+    layer = model.base_model.model[0]
+    weight = torch.where(layer.mask("default"), layer.get_base_layer().codes / 100, 0)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, plain.bias))
+    model(x).sum().backward()
+    assert layer.peft_mask_scores["default"].grad.abs().sum() > 0
+
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"cannot merge a mask into a weight quantized by hqq: it would have to be"):
+        model.merge_adapter()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module.merged for module in model.modules() if isinstance(module, MaskLayer))
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(nn.Sequential(OtherQuantized(plain), relu, second), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_what_cannot_be_dequantized_is_refused(monkeypatch):
+    known_as(ForwardOnlyQuantizationBackend("gptq"), monkeypatch)
+    with pytest.raises(ValueError, match=r"not supported: gptq offers no way to dequantize its weight"):
+        get_peft_model(nn.Sequential(OtherQuantized(floats()[0])), MaskConfig(target_modules=["0"]))
