@@ -123,7 +123,7 @@ def test_an_interrupted_search_leaves_the_budget_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return size
 
-    monkeypatch.setattr("peft_mask.model.adapter_bytes", interrupted)
+    monkeypatch.setattr("peft_mask.scored.adapter_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.base_model.set_target_bytes(450)
     assert torch.equal(model.base_model.model[2].mask("default"), mask)
