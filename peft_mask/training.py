@@ -218,6 +218,12 @@ class MaskCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        uploads = args.push_to_hub and args.hub_strategy == HubStrategy.EVERY_SAVE
+        if uploads and not hasattr(TrainerCallback, "on_push_begin"):
+            raise ValueError(
+                'hub_strategy="every_save" would upload the scores in the checkpoints: this transformers asks no '
+                'callback before it does. Set hub_strategy="end", or use transformers 5.'
+            )
         self._statistics = MaskStatistics(kwargs["model"])
         keep_scores(kwargs["model"])
 

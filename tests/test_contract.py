@@ -10,9 +10,15 @@ import inspect
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tests.tiny_models import tiny_model
+from tests.versions import ASKS_BEFORE_PUSHING
 
 PACKAGE = Path(__file__).parents[1] / "peft_mask"
 LIBRARIES = ("peft", "transformers", "bitsandbytes", "accelerate")
@@ -269,3 +275,47 @@ def test_the_table_is_complete():
     known = {hook.place for hook in HOOKS} | {hook.place.rpartition(".")[0] for hook in HOOKS}
     assert {*imported(), *overridden()} - known == set()
     assert {*imported(), *overridden()} & known != set()
+
+
+@pytest.mark.skipif(not ASKS_BEFORE_PUSHING, reason="needs transformers>=5")
+def test_trainer_asks_callbacks_between_writing_a_checkpoint_and_uploading_it(tmp_path, monkeypatch):
+    from peft_mask import MaskConfig
+
+    events = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:  # which were filed already
+                events.append(("log", state.log_history[-1].get("loss") == logs["loss"]))
+
+        def on_push_begin(self, args, state, control, **kwargs):
+            events.append(("push", [path.name for path in tmp_path.glob("checkpoint-1/*.safetensors")]))
+
+        def on_save(self, args, state, control, **kwargs):
+            events.append(("save", state.global_step))
+
+    def upload_folder(**kwargs):
+        events.append(("upload", kwargs["folder_path"]))
+        return SimpleNamespace(done=lambda: True, is_done=lambda: True, result=lambda: None)
+
+    def init_hf_repo(self, **kwargs):
+        self.hub_model_id, self.push_in_progress = "user/mask", None
+
+    # releases call one or the other
+    monkeypatch.setattr(
+        "transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder), raising=False
+    )
+    monkeypatch.setattr("transformers.trainer.upload_folder", upload_folder, raising=False)
+    monkeypatch.setattr(Trainer, "init_hf_repo", init_hf_repo)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, save_steps=1, logging_steps=1, use_cpu=True, report_to=[], push_to_hub=True
+    )
+    model = get_peft_model(tiny_model("bert"), MaskConfig(task_type="SEQ_CLS"))
+    rows = [{"input_ids": [3, 4], "labels": 0}] * 2
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Recorder()]).train()
+    assert events[:4] == [
+        ("log", True),
+        ("push", ["adapter_model.safetensors"]),
+        ("upload", str(tmp_path)),
+        ("save", 1),
+    ]

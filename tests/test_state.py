@@ -193,7 +193,7 @@ def test_a_foreign_file_is_refused(adapter):
 def test_a_truncated_file_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(SafetensorError, match="file not fully covered"):
+    with pytest.raises(SafetensorError, match=r"file not fully covered|MetadataIncompleteBuffer"):
         PeftModel.from_pretrained(mlp(), adapter)
 
 

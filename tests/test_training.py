@@ -160,6 +160,16 @@ def test_resuming_without_the_callback_warns(tmp_path):
         trainer(masked_bert(), tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_scores_are_not_uploaded_by_a_transformers_that_asks_no_callback_before_it(tmp_path, monkeypatch):
+    monkeypatch.delattr(TrainerCallback, "on_push_begin", raising=False)
+    model = masked_bert()
+    with pytest.raises(ValueError, match=r'"every_save" would upload the scores .* Set hub_strategy="end"'):
+        MaskCallback().on_train_begin(TrainingArguments(tmp_path, push_to_hub=True), None, None, model=model)
+    MaskCallback().on_train_begin(
+        TrainingArguments(tmp_path, push_to_hub=True, hub_strategy="end"), None, None, model=model
+    )
+
+
 def test_the_best_checkpoint_comes_back_with_its_scores(tmp_path):
     model = masked_bert()
     best = trainer(
@@ -197,8 +207,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model = masked_bert(init_weights=False, seed=0)
         if enabled:
             base = model.base_model.model
-            # the second is its name in older versions of transformers, and deprecated in newer ones
-            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+            # the second is its name in older versions of transformers, where the default is another, and deprecated now
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         model.train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):

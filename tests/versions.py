@@ -1,0 +1,15 @@
+"""What the installed release of transformers can do, for tests that must know."""
+
+import peft
+import transformers
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+_TRANSFORMERS = Version(transformers.__version__)
+
+LOADS_BY_NAME = Version("5") <= _TRANSFORMERS  # those before load adapters through PEFT's hooks
+LOADS_HEADS = not Version("5") <= _TRANSFORMERS < Version("5.18")  # LoRA's neither
+ASKS_BEFORE_PUSHING = hasattr(transformers.TrainerCallback, "on_push_begin")
+MANAGES_ADAPTERS = Version(MIN_PEFT_VERSION) <= Version(peft.__version__)  # `add_adapter`, `set_adapter` and so on ask
+RUNS_ON_META = Version("5") <= _TRANSFORMERS  # those before enter autocast for the device, which meta has none of
+RESUMES_DOWNLOADS = Version("5") <= _TRANSFORMERS  # with the huggingface_hub that it comes with
