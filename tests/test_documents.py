@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import LOADS_HEADS, MANAGES_ADAPTERS
+from tests.versions import LOADS_HEADS, MANAGES_ADAPTERS, RUNS_ON_META
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -130,6 +130,8 @@ def _modules() -> list[str]:
 
 @pytest.mark.parametrize("name", _modules())
 def test_docstring_examples_are_true(name, tmp_path, monkeypatch):
+    if name == "peft_mask.memory" and not RUNS_ON_META:
+        pytest.skip("this transformers' Llama does not run without weights")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

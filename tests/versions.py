@@ -5,11 +5,22 @@ import transformers
 from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+
+def _runs_on_meta() -> bool:
+    try:
+        from transformers.utils.generic import maybe_autocast
+
+        with maybe_autocast("meta", enabled=False):
+            return True
+    except (ImportError, RuntimeError):
+        return False
+
+
 _TRANSFORMERS = Version(transformers.__version__)
 
 LOADS_BY_NAME = Version("5") <= _TRANSFORMERS  # those before load adapters through PEFT's hooks
 LOADS_HEADS = not Version("5") <= _TRANSFORMERS < Version("5.18")  # LoRA's neither
 ASKS_BEFORE_PUSHING = hasattr(transformers.TrainerCallback, "on_push_begin")
 MANAGES_ADAPTERS = Version(MIN_PEFT_VERSION) <= Version(peft.__version__)  # `add_adapter`, `set_adapter` and so on ask
-RUNS_ON_META = Version("5") <= _TRANSFORMERS  # those before enter autocast for the device, which meta has none of
 RESUMES_DOWNLOADS = Version("5") <= _TRANSFORMERS  # with the huggingface_hub that it comes with
+RUNS_ON_META = _runs_on_meta()  # its Llama and others that ask for no autocast of their rotary embeddings
