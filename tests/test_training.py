@@ -214,6 +214,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+        torch.manual_seed(0)  # older attention has the rate of its dropout elsewhere
         model(**tiny_inputs(model, labels=True)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert any("peft_mask_scores" in name for name in gradients[0])
