@@ -55,7 +55,8 @@ def training_memory(
     """Estimate the memory of a training step of a mask, without making one.
 
     Args:
-        model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size.
+        model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size (a Llama
+            runs there since some release of transformers between 5.2 and 5.8).
         config: the adapter's configuration.
         inputs: a batch as for `model(**inputs)`, on its device.
         scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"adamw"` or `"adamw_8bit"`.
