@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from peft_mask.masks import read_headers
+from peft_mask.mask_file import read_headers
 from peft_mask.record import RANKS, Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"

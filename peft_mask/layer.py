@@ -59,7 +59,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Add an adapter: room for packed bits that are to be loaded in inference mode, else starting scores."""
         with onloaded(self):
             weight = self.unmerged_weight()
-            self._fingerprint = self.fingerprint()
+            self._fingerprint = self._fingerprint_of(weight)
             if config.inference_mode:
                 self.peft_mask_bits.wait_for(adapter_name, name)
             else:
@@ -167,10 +167,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
-        weight = self.unmerged_weight()
+        return self._fingerprint_of(self.unmerged_weight())
+
+    def _fingerprint_of(self, weight: torch.Tensor) -> Fingerprint:
         if weight.is_meta or type(weight) not in (torch.Tensor, nn.Parameter) or weight.shape.numel() == 0:
             return self._fingerprint
-        return fingerprint_of(weight, exact=None if self.stored.exact else False)
+        return fingerprint_of(weight, exact=self.stored.exact)
 
     def mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask: bool, of the weight's shape, True where the weight is kept."""

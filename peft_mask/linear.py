@@ -76,14 +76,11 @@ class QuantizedLinear(Linear):
     def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
 
-        def weight() -> torch.Tensor:
-            return self._under_bits(adapter_names)[0].to(dtype)
-
-        trained = [name for name in adapter_names if name in self.peft_mask_scores]
         bias = None if (bias := self._bias()) is None else bias.to(dtype)
-        masked = weight()
-        with _made_again(masked, weight):
-            return self._linear(x.to(dtype), masked, trained, bias).to(x.dtype)
+        weight, trained = self._under_bits(adapter_names)
+        weight = weight.to(dtype)
+        with _made_again(weight, lambda: self._under_bits(adapter_names)[0].to(dtype)):
+            return self._linear(x.to(dtype), weight, trained, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

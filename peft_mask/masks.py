@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_mask.combine import CombinationType, check_votes, combined_mask
-from peft_mask.fingerprint import UNKNOWN, Fingerprint
-from peft_mask.packing import count_zeros, entropy_bits, pack_bits, unpack_bits
-from peft_mask.ranks import WrongBaseError
-from peft_mask.record import Header, read_header, read_record, write_record
-
-_WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX, _SUFFIX = "base_model.model.", ".peft_mask_bits"
-
-
-@dataclass(frozen=True)
-class _Mask:
-    bits: Tensor
-    shape: tuple[int, ...]
-    fingerprint: Fingerprint
-
-    @cached_property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @cached_property
-    def zeros(self) -> int:
-        return count_zeros(self.bits, self.shape)
-
-    @property
-    def entropy(self) -> float:
-        return entropy_bits(self.zeros, self.weights)
-
-    @cached_property
-    def record(self) -> Tensor:
-        return write_record(self.bits, self.shape, self.fingerprint)
+from peft_mask.fingerprint import UNKNOWN
+from peft_mask.mask_file import PackedMask, config_naming, read_masks, write_masks
+from peft_mask.packing import unpack_bits
 
 
 class Masks(Mapping[str, Tensor]):
@@ -93,11 +59,11 @@ class Masks(Mapping[str, Tensor]):
                     f"the mask of '{name}' must be a bool tensor of at least one dimension, got {mask.dtype} of shape "
                     f"{tuple(mask.shape)}. Compare scores with their threshold first."
                 )
-        self._masks = {name: _Mask(pack_bits(mask).cpu(), tuple(mask.shape), UNKNOWN) for name, mask in masks.items()}
-        self._config = _config_naming(masks)
+        self._masks = {name: PackedMask.of(mask, UNKNOWN) for name, mask in masks.items()}
+        self._config = config_naming(masks)
 
     @classmethod
-    def _of(cls, masks: dict[str, _Mask], config: dict[str, Any]) -> Masks:
+    def _of(cls, masks: dict[str, PackedMask], config: dict[str, Any]) -> Masks:
         new = cls.__new__(cls)
         new._masks, new._config = masks, config
         return new
@@ -118,21 +84,7 @@ class Masks(Mapping[str, Tensor]):
             ValueError: it is not a safetensors file, is damaged, has no masks, or was made for another base model. The
                 message names the file.
         """
-        file = Path(path)
-        if file.is_dir():
-            file /= _WEIGHTS_FILE
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"no masks at '{path}': '{file}' does not exist. Give the folder that save_pretrained or "
-                "Masks.save wrote."
-            )
-        masks = {}
-        for name, data in _records(file).items():
-            weight = _weight_of(name, base) if base is not None else None
-            mask = masks[name] = _read(name, data, file, weight)
-            if weight is not None:
-                _check_fingerprint(name, mask, weight)
-        return cls._of(masks, _read_config(file.with_name(_CONFIG_FILE)) or _config_naming(masks))
+        return cls._of(*read_masks(path, base))
 
     def save(self, path: str | os.PathLike[str], base: nn.Module | None = None) -> None:
         """Write the masks as an adapter that `PeftModel.from_pretrained` loads.
@@ -149,19 +101,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: the masks are not for the weights of `base`; nothing is written then.
         """
-        tensors = {
-            f"{_PREFIX}{name}{_SUFFIX}": mask.record if base is None else _coded_against(name, mask, base)
-            for name, mask in self._masks.items()
-        }
-        config, portable = self._config, base is None
-        if config.get("portable", True) != portable:
-            config = config | {"portable": portable}
-        sizes = [len(tensors[f"{_PREFIX}{name}{_SUFFIX}"]) for name in sorted(self._masks)]  # for transformers
-        text = json.dumps(config | {"record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-        _write(folder / _CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        write_masks(path, self._masks, self._config, base)
 
     # ---- a mapping ----
 
@@ -208,16 +148,14 @@ class Masks(Mapping[str, Tensor]):
         """
         check_votes(masks, weights, combination_type)
         whole = functools.reduce(operator.and_, masks)  # which also sees to it that they belong together
-        combined = {name: combined_mask([mask[name] for mask in masks], weights, combination_type) for name in whole}
-        bits = {
-            name: _Mask(pack_bits(combined[name]), mask.shape, mask.fingerprint) for name, mask in whole._masks.items()
-        }
-        return cls._of(bits, masks[0]._config)
+        combined = {}
+        for name, one in whole._masks.items():
+            mask = combined_mask([each[name] for each in masks], weights, combination_type)
+            combined[name] = PackedMask.of(mask, one.fingerprint)
+        return cls._of(combined, masks[0]._config)
 
     def __invert__(self) -> Masks:
-        inverted = {
-            name: _Mask(pack_bits(~self[name]), mask.shape, mask.fingerprint) for name, mask in self._masks.items()
-        }
+        inverted = {name: PackedMask.of(~self[name], mask.fingerprint) for name, mask in self._masks.items()}
         return self._of(inverted, self._config)
 
     def __eq__(self, other: object) -> bool:
@@ -252,7 +190,7 @@ class Masks(Mapping[str, Tensor]):
                     "other values), so that together they mean nothing."
                 )
             fingerprint = max(left.fingerprint, right.fingerprint, key=lambda known: known.precision)
-            combined[name] = _Mask(operation(left.bits, right.bits), left.shape, fingerprint)
+            combined[name] = PackedMask(operation(left.bits, right.bits), left.shape, fingerprint)
         return self._of(combined, self._config)
 
     # ---- measures ----
@@ -286,127 +224,3 @@ class Masks(Mapping[str, Tensor]):
         are. A code that finds more order in a mask may need less.
         """
         return sum(mask.entropy for mask in self._masks.values()) / max(self.weights, 1)
-
-
-def _records(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            keys = list(tensors.keys())
-            records = {
-                key.removesuffix(_SUFFIX).removeprefix(_PREFIX): tensors.get_tensor(key)
-                for key in keys
-                if key.endswith(_SUFFIX)
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"cannot load masks from '{file}': it is not a whole safetensors file ({error}). Download or save it again."
-        ) from error
-    if not records:
-        raise ValueError(
-            f"cannot load masks from '{file}': no tensor in it ends in '{_SUFFIX}' (it has {keys[:3]} and so on). "
-            "Is it the adapter of another method?"
-        )
-    return records
-
-
-def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> _Mask:
-    try:
-        record = read_record(data, base=weight)
-    except WrongBaseError as error:
-        advice = (
-            ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)" if weight is None else ""
-        )
-        raise WrongBaseError(f"cannot load the mask of '{name}' from '{file}': {error}{advice}.") from error
-    except ValueError as error:
-        raise ValueError(
-            f"cannot load the mask of '{name}' from '{file}': {error}. If an upgrade of peft_mask does not help, "
-            "download or save the file again."
-        ) from error
-    return _Mask(record.bits, record.shape, record.fingerprint)
-
-
-def read_headers(file: Path) -> list[tuple[Header, int]]:
-    """Read what a file says of its masks without the masks, which may be coded against a base: headers, record sizes.
-
-    Raises:
-        ValueError: the file is damaged, or has no masks. The message names it.
-    """
-    headers = []
-    for name, data in _records(file).items():
-        try:
-            headers.append((read_header(data), len(data)))
-        except ValueError as error:
-            raise ValueError(f"cannot read the mask of '{name}' in '{file}': {error}. Save it again.") from error
-    return headers
-
-
-def _weight_of(name: str, base: nn.Module) -> Tensor:
-    try:
-        module = base.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the base model, a {type(base).__name__}, has no module '{name}': give the model that the masks are for, "
-            "of the class it was trained as, without adapters."
-        ) from None
-    if hasattr(module, "base_layer"):
-        raise ValueError(
-            f"the base model carries an adapter at '{name}', whose weights may be changed: give it without."
-        )
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
-    return weight.detach()
-
-
-def _coded_against(name: str, mask: _Mask, base: nn.Module) -> Tensor:
-    weight = _weight_of(name, base)
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"cannot code the mask of '{name}' against a weight in {weight.dtype}, which readers may have rounded "
-            "otherwise: load the base model in float32 or bfloat16, or save without it."
-        )
-    if weight.shape != mask.shape:
-        raise ValueError(
-            f"the mask of '{name}' is for a weight of shape {mask.shape}, the base model's is {weight.shape}."
-        )
-    _check_fingerprint(name, mask, weight)
-    return write_record(mask.bits, mask.shape, mask.fingerprint, weight)
-
-
-def _check_fingerprint(name: str, mask: _Mask, weight: Tensor) -> None:
-    if mask.zeros and not mask.fingerprint.matches(weight):
-        raise ValueError(
-            f"the mask of '{name}' was not made for the weight of the base model given (same shape, other values)."
-        )
-
-
-def _read_config(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"cannot load masks: '{file}' is not JSON ({error}). Download or save it again.") from error
-    if config.get("modules_to_save"):
-        # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
-        config |= {"modules_to_save": None, "task_type": None}
-    return config
-
-
-def _config_naming(modules: Iterable[str]) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "peft_type": "PEFT_MASK",
-        "target_modules": sorted(modules),
-        "task_type": None,
-    }
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = file.with_name(file.name + ".tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -13,8 +13,6 @@ from peft_mask.quantized import quantization_backend, quantized_reason, quantize
 from peft_mask.stand_in import MultiheadAttention, out_proj_name
 from peft_mask.stored import StoredWeight
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def stored_weights(module: nn.Module, name: str) -> dict[str, StoredWeight]:
     """Return the weights of a module that its layer masks, by the names of their masks."""
@@ -60,7 +58,9 @@ def mask_layer_type(module: nn.Module) -> type[Linear | Conv | Embedding | Multi
 _MASKED_BY: dict[type[nn.Module], type[Linear | Conv | Embedding | MultiheadAttention]] = {
     nn.Linear: Linear,
     Conv1D: Linear,
-    **dict.fromkeys(_CONVOLUTIONS, Conv),
+    nn.Conv1d: Conv,
+    nn.Conv2d: Conv,
+    nn.Conv3d: Conv,
     nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }

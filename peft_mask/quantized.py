@@ -24,7 +24,7 @@ from peft_mask.stored import Displaced, StoredWeight
 
 def quantization_backend(module: nn.Module) -> QuantizationBackend | None:
     """Return what PEFT knows of how a module is quantized, or None if it is not."""
-    if isinstance(module, nn.Linear) and type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         return None
     return resolve_quantization_backend(module, get_apply_tensor_subclass=_quantize_anew)
 
@@ -87,7 +87,7 @@ def keep_codes_in_order(module: nn.Module) -> None:
 class QuantizedWeight(StoredWeight):
     """What quantized weights share."""
 
-    exact: ClassVar[bool] = False
+    exact: ClassVar[bool | None] = False
 
     @property
     def value_bytes(self) -> int:
@@ -127,10 +127,8 @@ class Bnb4bitWeight(QuantizedWeight):
 
     def _put(self, elements: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
         positions, new = positions.to(elements.device), new.to(elements.device)
-        for low, kept, shift in (
-            (0, 0x0F, 4),
-            (1, 0xF0, 0),
-        ):  # one half at a time: a byte may hold two of the positions
+        for low, kept, shift in ((0, 0x0F, 4), (1, 0xF0, 0)):
+            # one half of the bytes at a time, since a byte may hold two of the positions
             chosen = positions & 1 == low
             index = positions[chosen] >> 1
             elements[index] = (elements[index] & kept) | (new[chosen] << shift)

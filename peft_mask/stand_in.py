@@ -42,9 +42,8 @@ class MultiheadAttention(_StandIn):
     own in the place of `out_proj`. Both weights are exchanged while the base layer runs, since it reads them directly.
     """
 
-    _qkv_same_embed_dim = (
-        False  # what keeps nn.TransformerEncoderLayer from computing attention with its weights itself
-    )
+    # keeps nn.TransformerEncoderLayer from computing attention itself, with the base weights
+    _qkv_same_embed_dim = False
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
         base, out_proj = self.get_base_layer(), out_proj_name(name)
@@ -76,12 +75,12 @@ class MultiheadAttention(_StandIn):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the base layer whole again, for PEFT's unloading, which looks for this method."""
-        base, projection = self.get_base_layer(), self._masked_out_proj()
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base.out_proj = projection.get_base_layer()
+        """Return the base layer whole again, for PEFT's unloading, which looks for this method.
+
+        `MaskModel` has merged or unmerged all layers before, and asks for neither.
+        """
+        base = self.get_base_layer()
+        base.out_proj = self._masked_out_proj().get_base_layer()
         return base
 
 
@@ -119,5 +118,5 @@ class ParamWrapper(_StandIn):
 
 
 def out_proj_name(name: str) -> str:
-    """Return the name of the output projection's mask in an attention module of this name."""
-    return f"{name}.out_proj"
+    """Return the name of the output projection's mask in an attention module of this name, as the file has it."""
+    return f"{name}.base_layer.out_proj"

@@ -120,7 +120,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
 
 def _base_to_code_against(layer: MaskLayer) -> torch.Tensor | None:
     """Return the base weight if it is here, whole, and in a dtype that all readers round alike."""
-    if not layer.stored.exact:
+    if layer.stored.exact is False:
         return None
     weight = layer.unmerged_weight()
     whole = not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter)
@@ -220,8 +220,8 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
                 f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
                 "file damaged?"
             ) from error
-        exact = None if layer.stored.exact else False
-        foreign = config.check_base and not weight.is_meta and not record.fingerprint.matches(weight, exact=exact)
+        checked = config.check_base and not weight.is_meta
+        foreign = checked and not record.fingerprint.matches(weight, exact=layer.stored.exact)
         if foreign and count_zeros(record.bits, weight.shape):  # a mask that keeps everything is right for every base
             raise ValueError(
                 f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "

@@ -27,7 +27,7 @@ class StoredWeight:
     module: nn.Module
     name: str = "weight"
 
-    exact: ClassVar[bool] = True  # whether the values are free of quantization error
+    exact: ClassVar[bool | None] = None  # False: with quantization error; None: as the dtype says
 
     @property
     def parameter(self) -> torch.Tensor:

@@ -147,7 +147,7 @@ def saliency_candidates(
         of what they would be worth. The model is as it was before.
 
     Raises:
-        ValueError: if the adapter has no scores, or scores of all weights.
+        ValueError: if the adapter has no scores, or scores of all weights, or the base is quantized.
 
     Source: SNIP (Lee et al. 2019) and movement pruning (Sanh et al. 2020) rank weights by this.
     """
@@ -159,6 +159,11 @@ def saliency_candidates(
     }
     if not layers:
         raise ValueError(f"the adapter '{adapter_name}' has no candidates to choose: set candidates in MaskConfig.")
+    if quantized := [name for name, layer in layers.items() if layer.stored.exact is False]:
+        raise ValueError(
+            f"the weights of {quantized} are quantized, and no gradient reaches them: use a candidate_rule of "
+            "MaskConfig, or find the candidates on the base model in float32 or bfloat16."
+        )
     trained = {p: p.requires_grad for p in model.parameters()}
     weights = [layer.stored.parameter for layer in layers.values()]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]

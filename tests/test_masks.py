@@ -191,7 +191,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_mask.masks.save_file", interrupted)
+    monkeypatch.setattr("peft_mask.mask_file.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         masks().save(tmp_path)
     assert Masks.load(tmp_path) == old

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mask import MaskConfig, Masks
 from peft_mask.layer import MaskLayer
+from peft_mask.stored import StoredWeight
 
 
 class Experts(nn.Module):
@@ -256,3 +257,27 @@ def test_adapters_of_one_model_name_the_same_parameters():
     model = get_peft_model(base, config("experts"))
     with pytest.raises(ValueError, match=r"must name the same target_parameters: 'default' has \['0.down', '0.up'\]"):
         model.add_adapter("other", MaskConfig(target_parameters=["0.up"], target_modules=[]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masks_coded_against_their_base_are_read_with_it(name, tmp_path):
+    base, _ = case(name)
+    model = get_peft_model(copy.deepcopy(base), config(name, portable=False))
+    model.save_pretrained(tmp_path)
+    if name == "experts":
+        with pytest.raises(ValueError, match=r"'0.*' masks a parameter of Experts whose name its file does not say"):
+            Masks.load(tmp_path, base=base)
+        return
+    masks = Masks.load(tmp_path, base=base)
+    layers = masked_layers(model.base_model.model)
+    assert all(torch.equal(masks[key], layer.mask("default")) for key, layer in layers.items())
+
+
+def test_a_weight_is_replaced_where_its_module_looks_it_up():
+    module = nn.Linear(2, 2, bias=False)
+    module.__dict__["weight"] = module.weight  # as FSDP keeps it
+    x, other = torch.randn(3, 2), torch.ones(2, 2)
+    before = module(x)
+    with StoredWeight(module).replaced_by(other):
+        assert torch.equal(module(x), x @ other)
+    assert torch.equal(module(x), before)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import peft_mask.linear
 import peft_mask.modules
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, create_mask_optimizer, saliency_candidates
 from peft_mask.layer import MaskLayer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it does not find
@@ -88,14 +88,16 @@ def test_a_masked_layer_computes_with_the_dequantized_weight_under_the_mask(base
     torch.testing.assert_close(model(x), reference(model, x), rtol=1e-4, atol=1e-5)
 
 
-def test_scores_get_the_straight_through_gradient_and_no_dequantized_weight_is_kept(base):
+def test_scores_get_the_straight_through_gradient_and_no_dequantized_weight_is_kept(base, monkeypatch):
     x = torch.randn(5, 128)
     model = get_peft_model(base, MaskConfig(**FIELDS))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        loss = model(x).square().sum()
-    assert max(kept) < 96 * 64, "nothing of a weight's size"
+    made = []
+    dequantize = MaskLayer._under_bits
+    monkeypatch.setattr(MaskLayer, "_under_bits", lambda self, names: (made.append(self), dequantize(self, names))[1])
+    loss = model(x).square().sum()
+    assert len(made) == 2, "once a layer in the forward pass"
     loss.backward()
+    assert {id(layer) for layer in made[2:]} == {id(layer) for layer in made[:2]}, "and again in the backward pass"
     weights = [dequantized(layer).requires_grad_() for layer in bases(model)]
     first, second = (torch.where(mask, weight, 0) for mask, weight in zip(masks(model), weights, strict=True))
     for masked in (first, second):
@@ -280,3 +282,9 @@ def test_what_cannot_be_dequantized_is_refused(monkeypatch):
     known_as(ForwardOnlyQuantizationBackend("gptq"), monkeypatch)
     with pytest.raises(ValueError, match=r"not supported: gptq offers no way to dequantize its weight"):
         get_peft_model(nn.Sequential(OtherQuantized(floats()[0])), MaskConfig(target_modules=["0"]))
+
+
+def test_saliency_of_quantized_weights_is_refused(base):
+    model = get_peft_model(base, MaskConfig(**FIELDS))
+    with pytest.raises(ValueError, match=r"the weights of \['0', '2'\] are quantized, and no gradient reaches them"):
+        saliency_candidates(model, [torch.randn(2, 128)], lambda x: model(x).sum())
