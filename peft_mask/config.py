@@ -75,6 +75,9 @@ class MaskConfig(PeftConfig):
         target_parameters: names or suffixes of parameters to mask, such as the stacked weights of a mixture's experts
             (`"experts.gate_up_proj"`), which no module of their own holds. All adapters of a model name the same.
         trainable_token_indices: tokens whose embeddings are trained and saved whole beside the masks, as in LoRA.
+        ensure_weight_tying: keep an embedding in `modules_to_save` and the output head tied to it one weight, as
+            in LoRA. Masks of tied weights are refused either way.
+        bias: accepted for symmetry with `LoraConfig`: only `"none"`, as the base model has to come back unchanged.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
@@ -112,6 +115,8 @@ class MaskConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained."}
     )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Tie saved modules that are tied in the base."})
+    bias: Literal["none"] = field(default="none", metadata={"help": "Without effect; biases are not trained."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
@@ -119,6 +124,7 @@ class MaskConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MaskType.PEFT_MASK
+        self.modules_to_tie: set[str] | None = None  # where PEFT looks for what `ensure_weight_tying` found
         self._from_file = self.record_bytes is not None  # nobody else knows them when a configuration is made
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -196,6 +202,11 @@ class MaskConfig(PeftConfig):
                 )
         if not isinstance(self.portable, bool):
             raise ValueError(f"portable must be True or False, got {self.portable!r}.")
+        if self.bias != "none":
+            raise ValueError(
+                f'bias must be "none", got {self.bias!r}: a mask leaves the base model as it is, and biases are part '
+                "of it. Modules to train whole are named in modules_to_save."
+            )
         if isinstance(self.target_parameters, str):
             raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):

@@ -69,6 +69,20 @@ class MaskModel(ScoredAdapters):
                     f"new one {sorted(ours)}."
                 )
 
+    def _add_modules_to_save_to_tie(self, peft_config: MaskConfig, tied_weight_keys: list[str]) -> None:
+        def names(saved: str, module: str) -> bool:
+            return f".{module}".endswith(f".{saved}")
+
+        embeddings = cast(Any, self.model).get_input_embeddings()
+        source = next(name for name, module in self.model.named_modules() if module is embeddings)
+        others = [
+            saved
+            for saved in peft_config.modules_to_save or []
+            if not any(names(saved, module) for module in (source, *tied_weight_keys))
+        ]
+        peft_config.modules_to_save = [*others, source]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
     def _create_and_replace(
         self,
         peft_config: MaskConfig,
@@ -288,7 +302,6 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
         layers_to_transform=None,
         layers_pattern=None,
         target_bytes=None,
-        record_bytes=None,
         target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
     )
 

@@ -36,6 +36,7 @@ PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform"
         ({"seed": -1}, "seed must be a non-negative integer or None, got -1"),
         ({"seed": 1.0}, "seed must be a non-negative integer or None, got 1.0"),
         ({"target_parameters": "experts"}, "target_parameters must be a list of names, got 'experts'"),
+        ({"bias": "all"}, 'bias must be "none", got .all.: a mask leaves the base model as it is'),
         ({"layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )

@@ -5,11 +5,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from peft_mask import MaskConfig, Masks, create_mask_optimizer
 from peft_mask.layer import MaskLayer
 from tests.test_modules import case, config
-from tests.tiny_models import tiny_inputs, tiny_model
+from tests.tiny_models import tiny_config, tiny_inputs, tiny_model
 
 
 def trained(model, steps=2):
@@ -50,6 +51,30 @@ def test_status_names_masks():
     layers = [layer for layer in model.get_layer_status() if layer.module_type.startswith("peft_mask.")]
     assert len(layers) == 13
     assert all(layer.available_adapters == ["default"] for layer in layers)
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])  # the names by which PEFT knows tied weights
+def test_an_embedding_and_the_head_tied_to_it_are_trained_and_saved_as_one_weight(saved, tmp_path):
+    def tied():
+        torch.manual_seed(0)
+        shape = tiny_config("llama")
+        shape.tie_word_embeddings = True
+        return AutoModelForCausalLM.from_config(shape).eval()
+
+    config = MaskConfig(task_type="CAUSAL_LM", modules_to_save=[saved], ensure_weight_tying=True)
+    model = get_peft_model(tied(), config)
+    llama = model.get_base_model()
+    head, embedding = llama.lm_head.modules_to_save["default"], llama.model.embed_tokens.modules_to_save["default"]
+    assert head.weight is embedding.weight
+    trained(model)
+    inputs = tiny_inputs(llama)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tied(), tmp_path)
+    with torch.no_grad():
+        assert not torch.equal(embedding.weight, llama.model.embed_tokens.original_module.weight)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        with model.disable_adapter():
+            assert torch.equal(model(**inputs).logits, tied()(**inputs).logits)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])  # with tied embeddings and without

@@ -376,14 +376,15 @@ def test_an_unsupported_layer_is_refused_before_anything_changes(module, reason)
     assert type(model[0]) is nn.Linear
 
 
-def test_tied_weights_are_refused():
+@pytest.mark.parametrize("ensure_weight_tying", [False, True])
+def test_tied_weights_are_refused(ensure_weight_tying):
     model = tiny_model("gpt2", "lm")
     assert model.lm_head.weight is model.transformer.wte.weight
     with (
         pytest.warns(UserWarning, match=r"a tied layer is part of the adapter"),  # PEFT's own word on it
         pytest.raises(ValueError, match=r"cannot mask 'lm_head': its weight is tied to .*'transformer.wte'"),
     ):
-        get_peft_model(model, MaskConfig(target_modules=["lm_head", "c_attn"]))
+        get_peft_model(model, MaskConfig(target_modules=["lm_head", "c_attn"], ensure_weight_tying=ensure_weight_tying))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -39,8 +40,9 @@ class Attention(nn.Module):
         return self.attention(query=x, key=x, value=x, need_weights=False)[0]
 
 
-def scaled_embedding():
-    return Gemma3TextScaledWordEmbedding(11, 6, padding_idx=2, embed_scale=3.0)
+def with_a_trained_padding_row(embedding):
+    nn.init.normal_(embedding.weight)  # which starts as zeros, and its scores' gradient would be zero either way
+    return embedding
 
 
 TOKENS = torch.tensor([[1, 2, 5], [5, 9, 0], [2, 2, 10], [4, 4, 4]])
@@ -56,8 +58,14 @@ CASES = {
     ),
     "conv3d": (lambda: nn.Conv3d(2, 4, 2, padding=1, padding_mode="replicate"), torch.randn(4, 2, 3, 3, 3)),
     "embedding": (lambda: nn.Embedding(11, 6), TOKENS),
-    "embedding with padding": (lambda: nn.Embedding(11, 6, padding_idx=2, scale_grad_by_freq=True), TOKENS),
-    "scaled embedding": (scaled_embedding, TOKENS),
+    "embedding with padding": (
+        lambda: with_a_trained_padding_row(nn.Embedding(11, 6, padding_idx=2, scale_grad_by_freq=True)),
+        TOKENS,
+    ),
+    "scaled embedding": (
+        lambda: with_a_trained_padding_row(Gemma3TextScaledWordEmbedding(11, 6, padding_idx=2, embed_scale=3.0)),
+        TOKENS,
+    ),
     "attention": (Attention, torch.randn(4, 5, 8)),
     "experts": (Experts, torch.randn(4, 8)),
 }
@@ -146,6 +154,17 @@ def test_merging_writes_zeros_and_unmerging_restores_every_bit(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_disabled_adapter_is_unmerged(name):
+    base, x = case(name)
+    model = get_peft_model(copy.deepcopy(base), config(name))
+    model.merge_adapter()
+    assert all(layer.merged for layer in masked_layers(model).values())
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    assert not any(layer.merged for layer in masked_layers(model).values())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_merged_and_unloaded_model_is_an_ordinary_one(name):
     base, x = case(name)
     model = get_peft_model(copy.deepcopy(base), config(name))
@@ -227,6 +246,17 @@ def test_an_attention_inside_a_fused_encoder_layer_is_masked():
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
         assert not torch.allclose(model(x), base(x))
+
+
+def test_the_output_projection_of_an_attention_is_no_default_target_of_its_own():
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = SiglipVisionModel(SiglipVisionConfig(image_size=4, patch_size=2, **sizes))
+    attention = [name for name, module in base.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    assert len(attention) == 1
+    model = get_peft_model(base, MaskConfig())
+    targets = model.peft_config["default"].target_modules
+    assert not any(name.startswith(attention[0]) for name in targets)
+    assert any(name.endswith("q_proj") for name in targets)
 
 
 def test_what_cannot_be_masked_is_refused_in_words():

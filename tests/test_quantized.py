@@ -88,6 +88,24 @@ def test_a_masked_layer_computes_with_the_dequantized_weight_under_the_mask(base
     torch.testing.assert_close(model(x), reference(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_masked_layer_computes_in_the_layers_own_dtype_and_answers_in_that_of_its_input():
+    x = torch.randn(5, 128)
+    layer = bnb.nn.Linear4bit(128, 96, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.load_state_dict(floats()[0].state_dict())
+    model = get_peft_model(nn.Sequential(layer.to("cpu")), MaskConfig(**(FIELDS | {"target_modules": ["0"]})))
+    (mask,), (base,) = masks(model), bases(model)
+    weight = torch.where(mask, dequantized(base), 0).bfloat16()
+    expected = nn.functional.linear(x.bfloat16(), weight, base.bias.bfloat16())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = x.to(dtype).detach().requires_grad_()
+        output = model(given)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output, expected.to(dtype), rtol=2**-7, atol=2**-7)
+        output.float().sum().backward()
+        torch.testing.assert_close(given.grad.float(), weight.float().sum(0).expand(5, 128), rtol=2**-6, atol=2**-6)
+    assert model.base_model.model[0].peft_mask_scores["default"].grad.abs().sum() > 0
+
+
 def test_scores_get_the_straight_through_gradient_and_no_dequantized_weight_is_kept(base, monkeypatch):
     x = torch.randn(5, 128)
     model = get_peft_model(base, MaskConfig(**FIELDS))

@@ -196,6 +196,11 @@ def base(dtype=torch.float32, seed=0):
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)).to(dtype)
 
 
+def in_codes(model):
+    model[0].weight = nn.Parameter(model[0].weight.mul(100).to(torch.int8), requires_grad=False)
+    return model
+
+
 def masked(model=None, **fields):
     """A model with the default recipe's mask: half a per cent off, among the largest tenth."""
     fields = {"target_modules": ["0", "2"], "init_weights": False, "portable": False, "seed": 0} | fields
@@ -279,6 +284,7 @@ def test_masks_meet_their_base_only(model, tmp_path):
         (base(seed=1), "the mask of '0' was not made for the weight of the base model given"),
         (base(torch.float16), "cannot code the mask of '0' against a weight in torch.float16"),
         (base().to("meta"), "the base weight of '0' has no values"),
+        (in_codes(base()), "the base weight of '0' is quantized: give the base model in float32 or bfloat16"),
         (nn.Sequential(nn.Linear(3, 2)), r"the mask of '0' is for a weight of shape \(160, 160\)"),
         (nn.Module(), "the base model, a Module, has no module '0'"),
         (model.base_model.model, r"the base model carries an adapter"),
