@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from benchmarks.accuracy.sizes import measure
 from benchmarks.harness import RESULTS, environment, report, table
 from examples.causal_lm import pack
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, SparsitySchedule, create_mask_optimizer, spend_budget
 
 BLOCK_SIZE = 128
 SEED = 0
@@ -57,13 +57,9 @@ def lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
 
 
-def grow(sparsity: float) -> Callable[[Any, float], None]:
+def grow(model: Any, progress: float) -> None:
     """Let the budget of a mask grow over the first half of the training."""
-
-    def before_step(model: Any, progress: float) -> None:
-        model.base_model.set_target_sparsity(sparsity * min(1.0, 2 * progress))
-
-    return before_step
+    spend_budget(model, SparsitySchedule("linear", end=0.5).share(progress))
 
 
 def mask(before_step: Callable[[Any, float], None] = lambda model, progress: None, **fields: Any) -> Method:
@@ -76,11 +72,11 @@ def mask(before_step: Callable[[Any, float], None] = lambda model, progress: Non
 
 METHODS = {
     "mask": mask(),
-    "mask, growing": mask(grow(0.005)),
+    "mask, growing": mask(grow),
     "LoRA r=8": Method(lora, adamw, (1e-3, 3e-3, 1e-2)),
     "full fine-tuning": Method(lambda model: model, adamw, (1e-4, 3e-4, 1e-3)),
     "mask, 2 % off": mask(target_sparsity=0.02),
-    "mask, 2 % off, growing": mask(grow(0.02), target_sparsity=0.02),
+    "mask, 2 % off, growing": mask(grow, target_sparsity=0.02),
     "mask, 0.17 % off": mask(target_sparsity=0.0017),
 }
 

@@ -17,6 +17,7 @@ from peft_mask.masks import Masks
 from peft_mask.memory import TrainingMemory, training_memory
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
+from peft_mask.schedule import SparsitySchedule
 from peft_mask.state import keep_scores
 from peft_mask.training import (
     MaskCallback,
@@ -24,6 +25,7 @@ from peft_mask.training import (
     create_mask_optimizer,
     fill_budget,
     saliency_candidates,
+    spend_budget,
 )
 
 __version__ = "0.1.0"
@@ -35,12 +37,14 @@ __all__ = [
     "MaskStatistics",
     "Masks",
     "SignAdamW",
+    "SparsitySchedule",
     "TrainingMemory",
     "create_mask_optimizer",
     "fill_budget",
     "hotswap_adapter",
     "keep_scores",
     "saliency_candidates",
+    "spend_budget",
     "training_memory",
     "update_model_card",
 ]

@@ -110,11 +110,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Return whether the number of weights that an adapter switches off is given."""
         return adapter_name in self._zeros
 
-    def binarize(self, adapter_name: str, scores: torch.Tensor) -> torch.Tensor:
-        """Return which scores of an adapter keep their weight: bool, of the shape of `scores`."""
+    def binarize(self, adapter_name: str, scores: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Return which scores of an adapter keep their weight, at most `most` not: bool, of the shape of `scores`."""
         if (zeros := self._zeros.get(adapter_name)) is None:
             return binarize_threshold(scores)
-        return binarize_topk(scores, zeros)
+        return binarize_topk(scores, zeros if most is None else min(zeros, most))
 
     def positions(self, adapter_name: str) -> torch.Tensor | None:
         """Return the positions of the weights that have a score in an adapter, or None if all have."""
@@ -149,7 +149,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         current.copy_(positions)
 
     def bits_of_scores(
-        self, adapter_name: str, scores: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        adapter_name: str,
+        scores: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        most: int | None = None,
     ) -> torch.Tensor:
         """Return what scores of an adapter come to, as packed bits of the weight's shape.
 
@@ -157,8 +161,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             adapter_name: which adapter.
             scores: its scores now, or those of a checkpoint or of all shards.
             positions: where they belong, by default where the layer's own do.
+            most: how many weights to switch off, if not the whole of a budget.
         """
-        kept = self.binarize(adapter_name, scores.detach())
+        kept = self.binarize(adapter_name, scores.detach(), most)
         positions = self.positions(adapter_name) if positions is None else positions
         if positions is None:
             return pack_bits(kept)

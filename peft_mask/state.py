@@ -165,8 +165,9 @@ def state_from_records(
             if positions is not None:
                 positions = _checked_positions(name, candidates.get(name), layer.unmerged_weight(), parameter)
             value = scores[name]
+            off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
             if value.shape != parameter.shape or not torch.equal(
-                layer.bits_of_scores(adapter_name, value, positions), bits
+                layer.bits_of_scores(adapter_name, value, positions, most=off), bits
             ):
                 raise ValueError(
                     f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "

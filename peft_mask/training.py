@@ -19,6 +19,7 @@ from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
 from peft_mask.packing import count_zeros, entropy_bits, zero_positions
+from peft_mask.schedule import SparsitySchedule
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -186,6 +187,26 @@ def saliency_candidates(
     return chosen
 
 
+def spend_budget(model: nn.Module, share: float) -> None:
+    """Let adapters in training switch off a share of their budget for now; the budget itself stays what it is.
+
+    `MaskCallback(schedule=...)` calls this before each step; a custom loop calls it with `SparsitySchedule.share`.
+
+    Args:
+        model: a PEFT model, or a transformers model with adapters, with masks to train.
+        share: from 0, one weight of each matrix, to 1, all of it. Adapters without a budget are left alone.
+
+    Raises:
+        ValueError: if the share is out of range.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share must be from 0 to 1, got {share!r}.")
+    configs: Any = model.peft_config
+    for _, layer, adapter_name in _trained_scores(model):
+        if layer.has_budget(adapter_name):
+            layer.set_sparsity(adapter_name, share * configs[adapter_name].target_sparsity)
+
+
 def fill_budget(model: nn.Module) -> None:
     """Bring adapters in training that were given `target_bytes` to that size, as their masks are coded.
 
@@ -212,11 +233,16 @@ class MaskCallback(TrainerCallback):
     holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies "checkpoint" and
     "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
 
+    Args:
+        schedule: lets the budget grow; by default it is spent whole from the first step on. What is evaluated or saved
+            before `schedule.end` has fewer zeros than the budget.
+
     Example:
         Trainer(model=model, ..., callbacks=[MaskCallback()])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: SparsitySchedule | None = None) -> None:
+        self._schedule = schedule
         self._statistics: MaskStatistics | None = None
         self._aside: tuple[Path, Path] | None = None  # a checkpoint's file, and where its scores are meanwhile
 
@@ -231,6 +257,12 @@ class MaskCallback(TrainerCallback):
             )
         self._statistics = MaskStatistics(kwargs["model"])
         keep_scores(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._schedule is not None:
+            spend_budget(kwargs["model"], self._schedule.share(state.global_step / state.max_steps))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -261,4 +293,6 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
+        if self._schedule is not None:
+            spend_budget(kwargs["model"], 1.0)
         fill_budget(kwargs["model"])

@@ -1,0 +1,97 @@
+"""Budgets that grow: the share that schedules allow, and that training keeps to it."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, spend_budget
+from peft_mask.layer import MaskLayer
+from peft_mask.state import adapter_bytes
+from tests.test_training import STEPS, masked_bert, trainer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        (SparsitySchedule("linear", begin=0.2, end=0.6), [0.0, 0.0, 0.5, 1.0, 1.0]),
+        (SparsitySchedule("cubic", begin=0.2, end=0.6), [0.0, 0.0, 0.875, 1.0, 1.0]),
+        (SparsitySchedule("stepwise", begin=0.2, end=0.6, stages=3), [0.0, 0.0, 1 / 3, 1.0, 1.0]),
+        (SparsitySchedule("stepwise", end=1.0, stages=5), [0.0, 0.2, 0.4, 0.6, 1.0]),
+    ],
+)
+def test_shares_of_the_budget(schedule, shares):
+    assert [schedule.share(t) for t in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx(shares)
+    through = [schedule.share(step / 100) for step in range(101)]
+    assert through == sorted(through)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "quadratic"}, r"kind must be one of \['linear', 'cubic', 'stepwise'\], got 'quadratic'"),
+        ({"begin": 0.5, "end": 0.5}, "0 <= begin < end <= 1, got 0\\.5 and 0\\.5"),
+        ({"end": 1.5}, "got 0.0 and 1.5"),
+        ({"stages": 0}, "stages must be a positive integer, got 0"),
+    ],
+)
+def test_a_field_out_of_range_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SparsitySchedule(**fields)
+
+
+def zeros(model):
+    return [int((~module.mask("default")).sum()) for module in model.modules() if isinstance(module, MaskLayer)]
+
+
+def test_a_share_is_spent_of_adapters_with_a_budget_and_the_budget_stays():
+    config = MaskConfig(target_modules=["0"], target_sparsity=0.2, candidates=None)
+    model = get_peft_model(nn.Sequential(nn.Linear(20, 10)), config)
+    with torch.no_grad():
+        model.base_model.model[0].peft_mask_scores["default"].uniform_(-2, -1)
+    for share, expected in ((0.0, 1), (0.25, 10), (1.0, 40), (0.5, 20)):
+        spend_budget(model, share)
+        assert zeros(model) == [expected]
+    assert config.target_sparsity == 0.2
+    with pytest.raises(ValueError, match=r"share must be from 0 to 1, got 1\.5"):
+        spend_budget(model, 1.5)
+    plain = get_peft_model(nn.Sequential(nn.Linear(20, 10)), MaskConfig.paper(target_modules=["0"], seed=0))
+    before = zeros(plain)
+    spend_budget(plain, 0.5)
+    assert zeros(plain) == before
+
+
+def budget(model):
+    return sum(module._zeros["default"] for module in model.modules() if isinstance(module, MaskLayer))
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.seen.append(budget(kwargs["model"]))
+
+
+def test_a_callback_follows_its_schedule_through_a_resume(tmp_path):
+    watch, model = Watch(), masked_bert(target_sparsity=0.05)
+    whole = budget(model)
+    callback = MaskCallback(SparsitySchedule("linear", end=1.0))
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer(model, tmp_path, callback, watch, **saving).train()
+    assert watch.seen == pytest.approx([whole * step / STEPS for step in range(STEPS)], abs=len(zeros(model)))
+    assert budget(model) == whole, "at the end"
+
+    resumed, again = Watch(), masked_bert(target_sparsity=0.05)
+    callback = MaskCallback(SparsitySchedule("linear", end=1.0))
+    trainer(again, tmp_path, callback, resumed, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.seen == watch.seen[3:]
+    assert zeros(again) == zeros(model)
+
+
+def test_a_size_in_bytes_is_reached_at_the_end_of_a_schedule(tmp_path):
+    model = masked_bert(target_bytes=3000)
+    trainer(model, tmp_path, MaskCallback(SparsitySchedule("cubic"))).train()
+    assert model.peft_config["default"].target_bytes == 3000
+    assert adapter_bytes(model.base_model.model, "default", portable=True) == pytest.approx(3000, rel=0.01)
