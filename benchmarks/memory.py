@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, tuple[int,
 MASKS = {
     "mask": ({}, "sign"),
     "mask, scores in bfloat16": ({"scores_dtype": "bfloat16"}, "sign"),
+    "mask, scores in bfloat16, steps in the backward pass": ({"scores_dtype": "bfloat16"}, "sign_in_backward"),
     "mask, AdamW": ({}, "adamw"),
     "mask, all weights, bfloat16": ({"candidates": None, "scores_dtype": "bfloat16"}, "sign"),
     "mask, all weights, AdamW": ({"candidates": None}, "adamw"),

@@ -59,7 +59,8 @@ def training_memory(
             runs there since some release of transformers between 5.2 and 5.8).
         config: the adapter's configuration.
         inputs: a batch as for `model(**inputs)`, on its device.
-        scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"adamw"` or `"adamw_8bit"`.
+        scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"sign_in_backward"` (the same with
+            `SignAdamW.step_in_backward`), `"adamw"` or `"adamw_8bit"`.
 
     Returns:
         The estimate. Everything trained beside the scores is counted with AdamW in float32.
@@ -81,9 +82,10 @@ def training_memory(
     config = copy.copy(config)
     resolve_targets(model, config)
     itemsize = getattr(torch, config.scores_dtype).itemsize
-    states = {"sign": 0, "adamw": 2 * itemsize, "adamw_8bit": 2}  # bytes a score
-    if scores_optimizer not in states:
-        raise ValueError(f"scores_optimizer must be one of {list(states)}, got {scores_optimizer!r}.")
+    known = {"sign": (0, 1), "sign_in_backward": (0, 0), "adamw": (2 * itemsize, 1), "adamw_8bit": (2, 1)}
+    if scores_optimizer not in known:
+        raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
+    state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
     weights = [stored for name, m in matched_modules(model, config) for stored in stored_weights(m, name).values()]
     weights += [StoredWeight(m, parameter) for _, m, parameter in matched_parameters(model, config)]
     scores = positions = transient = 0
@@ -101,8 +103,8 @@ def training_memory(
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,
-        gradients=itemsize * scores + 4 * head,
-        optimizer=states[scores_optimizer] * scores + 8 * head,
+        gradients=gradients * itemsize * scores + 4 * head,
+        optimizer=state * scores + 8 * head,
         activations=sum(kept),
         transient=transient + 2 * max(kept, default=0),
     )

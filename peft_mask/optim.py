@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 
 
 class SignAdamW(torch.optim.AdamW):
-    """AdamW whose parameter groups with `sign=True` take sign steps instead: `p = p - lr * sign(gradient)`.
+    """AdamW whose parameter groups with `sign=True` take sign steps instead: `p = p - lr * c * sign(gradient)`.
 
     A score that moves by one step a batch counts for how many batches its weight should go, less for how many it should
     stay. Where only the order of the scores matters (`binarizer="topk"`), nothing else is to be set; and sign steps
-    need no state, where Adam keeps two numbers a score.
+    need no state for each score, where Adam keeps two numbers.
+
+    A gradient of a thousandth has a sign, too. So that a training whose loss is gone does not go on voting about
+    nothing, the steps of a parameter shrink with its gradients: `c = min(1, 2 sqrt(g / G))`, g being the mean absolute
+    gradient, and G the largest g so far. Down to a quarter of G every step counts alike. The state is G, one number
+    a parameter.
 
     Scores of 16 bits are rounded stochastically: a step far below their precision is taken with the probability that
     makes it right on average. The random numbers depend on the number of the step alone, so that they are the same on
@@ -25,6 +31,7 @@ class SignAdamW(torch.optim.AdamW):
         **kwargs: as for AdamW.
 
     Source: the sign steps are signSGD (Bernstein et al. 2018); the official code of Zhao et al. 2020 offers it, too.
+    Their shrinking is ours (docs/experiments.md).
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -35,7 +42,9 @@ class SignAdamW(torch.optim.AdamW):
         everything = self.param_groups
         for group in everything:
             if group.get("sign"):
-                _sign_steps(group)
+                for index, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None:
+                        self._sign_step(parameter, group["lr"], index)
         self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
@@ -43,20 +52,64 @@ class SignAdamW(torch.optim.AdamW):
             self.param_groups = everything
         return loss
 
+    def step_in_backward(self) -> None:
+        """Take the sign steps within the backward pass: each as soon as its parameter has a gradient, which is freed.
 
-@torch.no_grad()
-def _sign_steps(group: dict[str, Any]) -> None:
-    group["sign_steps"] = step = group.get("sign_steps", 0) + 1
-    for index, parameter in enumerate(group["params"]):
-        if parameter.grad is None:
-            continue
+        No two of these gradients then exist at a time. `step` is left with everything else, such as a task head. Each
+        backward pass is a vote, so gradients are not accumulated over several, and clipping no longer meets them, which
+        do not need it. Call it once, on the optimizer of one process and without a gradient scaler: gradients are used
+        before they are averaged or unscaled.
+
+        Raises:
+            RuntimeError: if there are several processes.
+
+        Source: PyTorch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and (world := torch.distributed.get_world_size()) > 1:
+            raise RuntimeError(
+                f"cannot step in the backward pass of {world} processes: the gradients of each would be used before "
+                "they are averaged. Call optimizer.step() as usual."
+            )
+        for place, group in enumerate(self.param_groups):
+            if group.get("sign"):
+                for index, parameter in enumerate(group["params"]):
+                    parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
+
+    def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
+        self._sign_step(parameter, self.param_groups[place]["lr"], index)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def _sign_step(self, parameter: torch.Tensor, lr: float, index: int) -> None:
+        size = lr * self._count_of_vote(parameter)
+        grad = cast(torch.Tensor, parameter.grad)
         if parameter.dtype in (torch.bfloat16, torch.float16):
+            step = int(self.state[parameter]["step"])
             # hashed, because torch's CPU generator looks at the lowest 32 bits of its seed only
             generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{step}/{index}".encode()))
-            exact = parameter.float().sub_(parameter.grad.float().sign_(), alpha=group["lr"])
+            exact = parameter.float().sub_(grad.float().sign_().mul_(size))
             parameter.copy_(round_stochastically(exact, parameter.dtype, generator))
         else:
-            parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+            parameter.sub_(grad.sign().mul_(size))
+
+    def _count_of_vote(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(cast(torch.Tensor, parameter.grad), ord=1, dtype=dtype)
+        if hasattr(norm, "full_tensor"):  # a DTensor: the parameter is sharded
+            norm = norm.full_tensor()
+        mean = norm / parameter.numel()
+        # in the dtype of the parameter, to which torch casts what it loads; an infinite gradient is not remembered
+        largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)  # AdamW wants it
+            state["largest"] = largest
+        state["step"] += 1
+        state["largest"] = torch.maximum(state["largest"], largest)
+        ratio = mean / state["largest"].to(mean.dtype)
+        return ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0)
 
 
 def round_stochastically(

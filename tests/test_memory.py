@@ -60,10 +60,12 @@ def test_dtypes_optimizers_and_dense_scores_change_what_they_should():
     assert memory("adamw", candidates=None).optimizer == 8 * 192
     assert memory("adamw_8bit", candidates=None).optimizer == 2 * 192
     assert memory("adamw", candidates=None, scores_dtype="bfloat16").optimizer == 4 * 192
+    assert memory(candidates=None).gradients == 4 * 192
+    assert memory("sign_in_backward", candidates=None).gradients == 0
 
 
 def test_an_unknown_optimizer_is_refused():
-    message = r"scores_optimizer must be one of \['sign', 'adamw', 'adamw_8bit'\], got 'adam'"
+    message = r"scores_optimizer must be one of \['sign', 'sign_in_backward', 'adamw', 'adamw_8bit'\], got 'adam'"
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         training_memory(Named(), MaskConfig(**CONFIG), {"x": torch.zeros(10, 8)}, "adam")
 
@@ -92,6 +94,29 @@ def test_a_step_holds_no_more_than_the_estimate_and_not_much_less(fields):
     step()
     expected = memory.total - memory.parameters - memory.scores - inputs["x"].nbytes
     assert 0.6 * expected < peak_bytes(step) < 1.2 * expected
+
+
+def test_steps_within_the_backward_pass_hold_one_gradient_at_a_time():
+    width, layers = 256, 24
+    peaks = {}
+    for in_backward in (False, True):
+        base = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+        config = MaskConfig(target_modules=[str(i) for i in range(layers)], candidates=None)
+        model, x = get_peft_model(base, config), torch.randn(4, width)
+        optimizer = create_mask_optimizer(model)
+        if in_backward:
+            optimizer.step_in_backward()
+
+        def step(model=model, optimizer=optimizer, x=x):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        peaks[in_backward] = peak_bytes(step)
+    gradient = 4 * width**2
+    assert peaks[False] > layers * gradient
+    assert peaks[True] < layers / 2 * gradient  # one, and a few tensors of its size that any step makes
 
 
 @pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")

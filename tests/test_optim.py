@@ -17,7 +17,59 @@ def test_a_sign_step_moves_every_parameter_by_the_learning_rate():
     p.grad = torch.tensor([1e-30, -5.0, 0.0, 3.0])
     optimizer.step()
     assert p.tolist() == [-0.25, 0.25, 0.0, -0.25]
-    assert not optimizer.state, "no state"
+    assert {name: value.numel() for name, value in optimizer.state[p].items()} == {"step": 1, "largest": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_steps_shrink_once_gradients_are_below_a_quarter_of_the_largest(dtype):
+    p = nn.Parameter(torch.zeros(4, dtype=dtype))
+    optimizer = SignAdamW([{"params": [p], "sign": True, "lr": 1.0}])
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=dtype)
+    for size, count in ((1.0, 1.0), (4.0, 1.0), (1.0, 1.0), (0.25, 0.5), (4.0 / 256, 0.125), (8.0, 1.0), (0.5, 0.5)):
+        before = p.detach().clone()
+        p.grad = size * signs
+        optimizer.step()
+        assert torch.equal(before - p, count * signs), size
+
+
+def test_each_parameter_is_compared_with_itself():
+    p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = SignAdamW([{"params": [p, q], "sign": True, "lr": 1.0}])
+    for sizes in ((1.0, 1e-4), (0.01, 1e-4)):
+        p.grad, q.grad = torch.full((2,), sizes[0]), torch.full((2,), sizes[1])
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), -1.2))
+    assert q.tolist() == [-2.0, -2.0]
+
+
+def test_no_gradient_and_an_infinite_one_do_no_harm_to_later_steps():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = SignAdamW([{"params": [p], "sign": True, "lr": 1.0}])
+    for gradient in ([0.0, 0.0], [2.0, -2.0], [torch.inf, -1.0], [1.0, -1.0]):
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert p.isfinite().all()
+    assert p.tolist() == [-3.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_takes_the_same_steps(dtype):
+    def run(p, optimizer, steps):
+        for step in steps:
+            p.grad = torch.randn(64, generator=torch.Generator().manual_seed(step)).to(dtype) / (step + 1) ** 2
+            optimizer.step()
+
+    def new(values):
+        p = nn.Parameter(values.clone())
+        return p, SignAdamW([{"params": [p], "sign": True}], lr=0.01)
+
+    whole, first = new(torch.zeros(64, dtype=dtype)), new(torch.zeros(64, dtype=dtype))
+    run(*whole, range(8))
+    run(*first, range(4))
+    second = new(first[0].detach())
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    run(*second, range(4, 8))
+    assert torch.equal(second[0], whole[0])
 
 
 def test_other_groups_are_those_of_adamw():
@@ -47,7 +99,8 @@ def test_groups_can_be_added_later():
     p.grad, q.grad = torch.ones(1), torch.ones(1)
     optimizer.step()
     assert q.item() == -0.5
-    assert list(optimizer.state) == [p]
+    assert set(optimizer.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[q]) == {"step", "largest"}
 
 
 def test_a_closure_is_called_once_and_its_loss_returned():
@@ -114,6 +167,58 @@ def test_rounding_is_the_same_after_a_resume():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(second, resumed, 3)
     assert torch.equal(whole, second)
+
+
+@pytest.mark.parametrize("scores_dtype", ["float32", "bfloat16"])
+def test_steps_within_the_backward_pass_are_the_same_and_leave_no_gradient(scores_dtype):
+    def train(in_backward):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4))
+        fields = {"target_modules": ["0"], "modules_to_save": ["2"], "scores_dtype": scores_dtype}
+        model = get_peft_model(layers, MaskConfig(**fields))
+        optimizer = create_mask_optimizer(model)
+        if in_backward:
+            optimizer.step_in_backward()
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(10):
+            if step == 5:  # as in a resume, which makes new groups
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            (model(torch.randn(4, 20, generator=generator)) - 1).square().mean().backward()
+            scores = model.base_model.model[0].peft_mask_scores["default"]
+            assert (scores.grad is None) is in_backward
+            assert model.base_model.model[2].modules_to_save["default"].weight.grad is not None
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    usual, within = train(False), train(True)
+    assert len(usual) == 3
+    assert all(torch.equal(usual[name], within[name]) for name in usual)
+
+
+def test_several_processes_do_not_step_within_the_backward_pass(monkeypatch):
+    optimizer = SignAdamW([{"params": [nn.Parameter(torch.zeros(1))], "sign": True}])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="cannot step in the backward pass of 2 processes"):
+        optimizer.step_in_backward()
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+def test_optimizers_of_bitsandbytes_train_scores(name):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(200, 300)), MaskConfig(target_modules=["0"]))
+    optimizer = create_mask_optimizer(model, getattr(bitsandbytes.optim, name))
+    for _ in range(5):
+        model(torch.randn(4, 200)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (state,) = optimizer.state.values()
+    assert state["state1"].dtype == torch.uint8
+    assert int((~model.base_model.model[0].mask("default")).sum()) == 300
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])

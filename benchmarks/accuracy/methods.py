@@ -21,6 +21,7 @@ from benchmarks.accuracy.training import Method
 from peft_mask import MaskConfig, create_mask_optimizer
 
 HEAD_LR = 5e-3
+STEPS_NOTE = "sign steps that shrink with the gradient"
 HEAD_NOTE = f"the head learns at {HEAD_LR:g}"
 
 
@@ -48,6 +49,11 @@ def mask(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
         return get_peft_model(model, MaskConfig(task_type=task_type, **fields))
 
     return build
+
+
+def smaller_mask(sparsity: float) -> Method:
+    note = f"target_sparsity={sparsity}, {STEPS_NOTE}; {HEAD_NOTE}"
+    return Method(f"mask-{sparsity}", note, mask(target_sparsity=sparsity), mask_adamw, (5e-4,))
 
 
 def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
@@ -85,13 +91,8 @@ METHODS: dict[str, Method | Probe] = {
     method.name: method
     for method in (
         # one rate, any rate: with a budget only the order of the scores matters
-        Method("mask", f"MaskConfig(), sign steps; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
-        Method(
-            "mask-0.0017", f"target_sparsity=0.0017; {HEAD_NOTE}", mask(target_sparsity=0.0017), mask_adamw, (5e-4,)
-        ),
-        Method(
-            "mask-0.0007", f"target_sparsity=0.0007; {HEAD_NOTE}", mask(target_sparsity=0.0007), mask_adamw, (5e-4,)
-        ),
+        Method("mask", f"MaskConfig(), {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
+        *map(smaller_mask, (0.0017, 0.0007)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         *map(lora_row, (16, 8, 4, 2, 1)),
         Method("bitfit", f"every bias, LayerNorm's too; {HEAD_NOTE}", bitfit, adamw, (1e-3, 3e-3, 1e-2)),
