@@ -1,5 +1,10 @@
 """Several processes train the mask that one would."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -69,3 +74,34 @@ def test_processes_train_the_mask_that_one_trains(tmp_path, kind):
         saved = load_file(tmp_path / str(rank) / "adapter_model.safetensors")
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+def job(folder, processes, steps="6"):
+    """Run `distributed_job.py` as a user launches it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = str(Path(__file__).with_name("distributed_job.py"))
+    done = subprocess.run(
+        [sys.executable, *launcher, script, str(folder), steps], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_masks(adapter, expected):
+    assert adapter.keys() == expected.keys()
+    masks = [key for key in expected if key.endswith("peft_mask_bits")]
+    assert len(masks) == 13
+    assert all(torch.equal(adapter[key], expected[key]) for key in masks)
+    for key in expected.keys() - set(masks):  # of a trained head the order of a sum does change the last bit
+        torch.testing.assert_close(adapter[key], expected[key], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_trainer_on_two_processes_trains_the_mask_of_one_and_either_resumes_the_other(tmp_path):
+    one = job(tmp_path / "one", 1)
+    assert_same_masks(job(tmp_path / "two", 2), one)
+    job(tmp_path / "two then one", 2, "3")
+    assert_same_masks(job(tmp_path / "two then one", 1), one)
+    job(tmp_path / "one then two", 1, "3")
+    assert_same_masks(job(tmp_path / "one then two", 2), one)

@@ -1,0 +1,69 @@
+"""A training that several processes share, for `python -m torch.distributed.run --nproc_per_node=N`.
+
+    distributed_job.py FOLDER [STEPS]
+
+trains up to STEPS in batches of 8, each process its part, with a checkpoint every third step, goes on from the last
+checkpoint in FOLDER if there is one, and writes the adapter there at the end. In float64 no gradient is so close to zero
+that the order of a sum decides its sign.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
+from tests.tiny_models import tiny_inputs, tiny_model
+
+BATCH, STEPS = 8, 6
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def main(folder: Path, stop: int) -> None:
+    torch.set_num_threads(1)
+    base = tiny_model("bert").double()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # each process draws its own
+    torch.manual_seed(0)
+    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", target_sparsity=0.02))
+    inputs = tiny_inputs(base, batch_size=32, labels=True)
+    rows = [{name: value[i] for name, value in inputs.items()} for i in range(32)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", "1")),
+        save_steps=3,
+        logging_steps=1,
+        average_tokens_across_devices=False,  # it would multiply the loss by the number of processes
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[MaskCallback(SparsitySchedule("linear", end=0.5)), StopAfter(stop)],
+        optimizers=(create_mask_optimizer(model), None),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS)
