@@ -2,9 +2,9 @@
 
     distributed_job.py FOLDER [STEPS]
 
-trains up to STEPS in batches of 8, each process its part, with a checkpoint every third step, goes on from the last
-checkpoint in FOLDER if there is one, and writes the adapter there at the end. In float64 no gradient is so close to zero
-that the order of a sum decides its sign.
+trains up to STEPS in batches of 8, each process its part, with a checkpoint every third step, goes on from the last one
+in FOLDER if there is one, and writes the adapter there at the end. In float64 no gradient is so close to zero that the
+order of a sum decides its sign.
 """
 
 import os
