@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from peft_mask.card import is_card_due, update_model_card
+from peft_mask.fields import check_choice, check_indices, check_names, check_number, check_switch, check_text
 
 
 class MaskType(str, enum.Enum):
@@ -122,6 +122,7 @@ class MaskConfig(PeftConfig):
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
 
     def __post_init__(self) -> None:
+        self._validate_types()
         super().__post_init__()
         self.peft_type = MaskType.PEFT_MASK
         self.modules_to_tie: set[str] | None = None  # where PEFT looks for what `ensure_weight_tying` found
@@ -173,20 +174,41 @@ class MaskConfig(PeftConfig):
             except ValueError as error:  # the adapter is saved, and a training is not lost for its card
                 warnings.warn(f"the model card in '{save_directory}' is not filled in: {error}", stacklevel=2)
 
+    def _validate_types(self) -> None:
+        for name in ("fan_in_fan_out", "portable", "check_base", "inference_mode"):
+            check_switch(name, getattr(self, name))
+        for name in ("base_model_name_or_path", "revision"):
+            check_text(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(name, getattr(self, name), single=True)
+        for name in ("modules_to_save", "target_parameters"):
+            check_names(name, getattr(self, name))
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            raise ValueError(f"auto_mapping must be a dictionary or None, got {self.auto_mapping!r}.")
+        if (blocks := self.layers_to_transform) is not None:
+            check_indices("layers_to_transform", [blocks] if type(blocks) is int else blocks)
+        if (tokens := self.trainable_token_indices) is not None:
+            if isinstance(tokens, (list, dict)) and not tokens:
+                raise ValueError(f"trainable_token_indices names no token, got {tokens!r}: leave it out.")
+            for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+                check_indices("trainable_token_indices", indices, least=0)
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
+            raise ValueError(f"seed must be a non-negative integer below 2^63 or None, got {self.seed!r}.")
+
     def _validate(self) -> None:
-        _check_choice("binarizer", self.binarizer, get_args(Binarizer))
-        _check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
-        _check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
+        check_choice("binarizer", self.binarizer, get_args(Binarizer))
+        check_choice("candidate_rule", self.candidate_rule, get_args(CandidateRule))
+        check_choice("scores_dtype", self.scores_dtype, get_args(ScoresDtype))
         self._validate_budget()
         if (sizes := self.record_bytes) is not None and not (
             isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
         ):
             raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
-        _check_choice("structure", self.structure, get_args(Structure))
+        check_choice("structure", self.structure, get_args(Structure))
         if not isinstance(self.init_weights, bool):
-            _check_choice("init_weights", self.init_weights, get_args(InitWeights), also="True or False")
-        _check_number("threshold", self.threshold)
-        _check_number("init_margin", self.init_margin, above=0.0)
+            check_choice("init_weights", self.init_weights, get_args(InitWeights), also="True or False")
+        check_number("threshold", self.threshold)
+        check_number("init_margin", self.init_margin, above=0.0)
         if self.binarizer == "topk" and (self.init_sparsity is not None or self.init_weights == "uniform"):
             field = "init_weights='uniform'" if self.init_sparsity is None else f"init_sparsity={self.init_sparsity}"
             raise ValueError(
@@ -194,29 +216,23 @@ class MaskConfig(PeftConfig):
                 'target_sparsity: use binarizer="threshold", or MaskConfig.paper() for the paper\'s setting.'
             )
         if self.init_sparsity is not None:
-            _check_number("init_sparsity", self.init_sparsity, above=0.0, below=1.0)
+            check_number("init_sparsity", self.init_sparsity, above=0.0, below=1.0)
             if self.init_weights is True:
                 raise ValueError(
                     f"init_sparsity={self.init_sparsity} has no meaning with init_weights=True, which starts with "
                     'every weight kept: use init_weights="uniform", or leave init_sparsity out.'
                 )
-        if not isinstance(self.portable, bool):
-            raise ValueError(f"portable must be True or False, got {self.portable!r}.")
         if self.bias != "none":
             raise ValueError(
                 f'bias must be "none", got {self.bias!r}: a mask leaves the base model as it is, and biases are part '
                 "of it. Modules to train whole are named in modules_to_save."
             )
-        if isinstance(self.target_parameters, str):
-            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise ValueError(f"seed must be a non-negative integer or None, got {self.seed!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def _validate_budget(self) -> None:
         if self.candidates is not None:
-            _check_number("candidates", self.candidates, above=0.0, most=1.0)
+            check_number("candidates", self.candidates, above=0.0, most=1.0)
         given = [name for name in ("target_sparsity", "target_bytes") if getattr(self, name) is not None]
         if self.binarizer != "topk" and given:
             raise ValueError(
@@ -226,25 +242,9 @@ class MaskConfig(PeftConfig):
         if self.target_bytes is not None and (type(self.target_bytes) is not int or self.target_bytes <= 0):
             raise ValueError(f"target_bytes must be a positive integer, got {self.target_bytes!r}.")
         if self.target_sparsity is not None:
-            _check_number("target_sparsity", self.target_sparsity, above=0.0, below=1.0)
+            check_number("target_sparsity", self.target_sparsity, above=0.0, below=1.0)
             if self.candidates is not None and self.target_sparsity > self.candidates:
                 raise ValueError(
                     f"target_sparsity={self.target_sparsity} cannot be reached with candidates={self.candidates}, of "
                     "which all would be off: raise candidates, or set it to None."
                 )
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}{also and ', ' + also}, got {value!r}.")
-
-
-def _check_number(
-    name: str, value: Any, above: float = -math.inf, below: float = math.inf, most: float = math.inf
-) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not above < value < below or not value <= most or not math.isfinite(value):
-        bounds = f" greater than {above:g}" if above > -math.inf else ""
-        bounds += f" and less than {below:g}" if below < math.inf else ""
-        bounds += f" and at most {most:g}" if most < math.inf else ""
-        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}.")

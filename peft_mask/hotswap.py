@@ -7,6 +7,7 @@ from typing import Any, cast
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import infer_device, load_peft_weights
 
+from peft_mask.beside import check_own_shapes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer
 
@@ -28,7 +29,7 @@ def hotswap_adapter(
 
     Raises:
         ValueError: if one of the two is not a mask for use, if the loaded one is merged, or if they do not mask the
-            same layers or train the same modules; nothing has changed then.
+            same layers or train the same modules, in the same shapes; nothing has changed then.
 
     Source: the signature is that of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA only.
     """
@@ -52,6 +53,7 @@ def hotswap_adapter(
             "load it under another name with load_adapter."
         )
     state = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
+    check_own_shapes(model, adapter_name, state)  # torch would find out after it had set the others
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     new.inference_mode = True
     model.peft_config[adapter_name] = cast(Any, new)

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_mask.fingerprint import Fingerprint
-from peft_mask.packing import count_zeros, entropy_bits, pack_bits
+from peft_mask.packing import bits_shape, count_zeros, entropy_bits, pack_bits
 from peft_mask.ranks import WrongBaseError
-from peft_mask.record import Header, read_header, read_record, write_record
+from peft_mask.record import MAX_BYTES, Header, read_header, read_record, write_record
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+_ADVICE = "If an upgrade of peft_mask does not help, download or save the file again."
 _PREFIX, _SUFFIX = "base_model.model.", ".peft_mask_bits"
 
 
@@ -66,11 +67,14 @@ def read_masks(
         raise FileNotFoundError(
             f"no masks at '{path}': '{file}' does not exist. Give the folder that save_pretrained or Masks.save wrote."
         )
+    records = _records(file)
+    if base is None:
+        _check_claims(records, file)
     masks = {}
-    for name, data in _records(file).items():
+    for name, data in records.items():
         weight = _weight_of(name, base) if base is not None else None
         mask = masks[name] = _read(name, data, file, weight)
-        if weight is not None:
+        if weight is not None and not weight.is_meta:
             _check_fingerprint(name, mask, weight)
     return masks, _read_config(file.with_name(_CONFIG_FILE)) or config_naming(masks)
 
@@ -97,15 +101,16 @@ def _records(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
             keys = list(tensors.keys())
-            records = {
-                key.removesuffix(_SUFFIX).removeprefix(_PREFIX): tensors.get_tensor(key)
-                for key in keys
-                if key.endswith(_SUFFIX)
-            }
+            names = {key: key.removesuffix(_SUFFIX).removeprefix(_PREFIX) for key in keys if key.endswith(_SUFFIX)}
+            records = {name: tensors.get_tensor(key) for key, name in names.items()}
     except SafetensorError as error:
         raise ValueError(
             f"cannot load masks from '{file}': it is not a whole safetensors file ({error}). Download or save it again."
         ) from error
+    if len(records) < len(names):
+        raise ValueError(
+            f"cannot load masks from '{file}': it holds a mask twice, with the prefix '{_PREFIX}' and without."
+        )
     if not records:
         raise ValueError(
             f"cannot load masks from '{file}': no tensor in it ends in '{_SUFFIX}' (it has {keys[:3]} and so on). "
@@ -115,18 +120,14 @@ def _records(file: Path) -> dict[str, Tensor]:
 
 
 def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> PackedMask:
+    known = weight is not None and not weight.is_meta
     try:
-        record = read_record(data, base=weight)
+        record = read_record(data, None if weight is None else weight.shape, weight if known else None)
     except WrongBaseError as error:
-        advice = (
-            ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)" if weight is None else ""
-        )
+        advice = "" if known else ": pass the base model, in float32 or bfloat16, as Masks.load(path, base=model)"
         raise WrongBaseError(f"cannot load the mask of '{name}' from '{file}': {error}{advice}.") from error
     except ValueError as error:
-        raise ValueError(
-            f"cannot load the mask of '{name}' from '{file}': {error}. If an upgrade of peft_mask does not help, "
-            "download or save the file again."
-        ) from error
+        raise ValueError(f"cannot load the mask of '{name}' from '{file}': {error}. {_ADVICE}") from error
     return PackedMask(record.bits, record.shape, record.fingerprint)
 
 
@@ -136,13 +137,25 @@ def read_headers(file: Path) -> list[tuple[Header, int]]:
     Raises:
         ValueError: the file is damaged, or has no masks. The message names it.
     """
-    headers = []
-    for name, data in _records(file).items():
-        try:
-            headers.append((read_header(data), len(data)))
-        except ValueError as error:
-            raise ValueError(f"cannot read the mask of '{name}' in '{file}': {error}. Save it again.") from error
-    return headers
+    return [(_header(name, data, file), len(data)) for name, data in _records(file).items()]
+
+
+def _header(name: str, data: Tensor, file: Path) -> Header:
+    try:
+        return read_header(data)
+    except ValueError as error:
+        raise ValueError(f"cannot load the mask of '{name}' from '{file}': {error}. {_ADVICE}") from error
+
+
+def _check_claims(records: Mapping[str, Tensor], file: Path) -> None:
+    """Refuse a file whose masks would take more than 2 GiB: a record of sixty bytes may claim any number of weights."""
+    shapes = [_header(name, data, file).shape for name, data in records.items()]
+    claimed = sum(math.prod(bits_shape([max(size, 1) for size in shape])) for shape in shapes)
+    if claimed > MAX_BYTES:
+        raise ValueError(
+            f"cannot load masks from '{file}': it claims {claimed:,} bytes of bits, which is too large to be believed "
+            "without the base model. Pass it, on the meta device is enough: Masks.load(path, base=model)."
+        )
 
 
 def _weight_of(name: str, base: nn.Module) -> Tensor:
@@ -163,8 +176,6 @@ def _weight_of(name: str, base: nn.Module) -> Tensor:
             f"'{name}' masks a parameter of {type(module).__name__} whose name its file does not say: leave the base "
             "model out or, if the file needs it, load it with PeftModel.from_pretrained and save it with portable=True."
         )
-    if weight.is_meta:
-        raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
     if not weight.is_floating_point():
         raise ValueError(f"the base weight of '{name}' is quantized: give the base model in float32 or bfloat16.")
     return weight.detach()
@@ -172,6 +183,8 @@ def _weight_of(name: str, base: nn.Module) -> Tensor:
 
 def _coded_against(name: str, mask: PackedMask, base: nn.Module) -> Tensor:
     weight = _weight_of(name, base)
+    if weight.is_meta:
+        raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"cannot code the mask of '{name}' against a weight in {weight.dtype}, which readers may have rounded "
@@ -197,7 +210,9 @@ def _read_config(file: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {str(config)[:20]}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot load masks: '{file}' is not JSON ({error}). Download or save it again.") from error
     if config.get("modules_to_save"):
         # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.

@@ -77,7 +77,8 @@ class Masks(Mapping[str, Tensor]):
         Args:
             path: the adapter's folder, or its safetensors file.
             base: the base model, in float32 or bfloat16. It is needed for an adapter that was saved with
-                `portable=False`, and only checked for the others.
+                `portable=False`, and only checked for the others. Without it, the masks may take 2 GiB in memory,
+                whatever the file claims; to load more, 17 billion weights, a base on the meta device is enough.
 
         Raises:
             FileNotFoundError: there is no such file.

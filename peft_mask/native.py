@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer
+from peft_mask.record import longest_record
 from peft_mask.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
 
 
@@ -44,7 +45,11 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
     layers = layers_of_adapter(model, adapter_name)
     if len(config.records_to_come) != len(layers):  # unknown, or of other modules
         return
-    for (name, layer), size in zip(sorted(layers.items()), config.records_to_come, strict=True):
+    sizes = dict(zip(sorted(layers), config.records_to_come, strict=True))
+    if any(size > longest_record(layers[name].mask_shape) for name, size in sizes.items()):
+        return  # of no mask that fits: nothing of that size is to be made room for
+    for name, size in sizes.items():
+        layer = layers[name]
         layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, name))
 
 

@@ -71,6 +71,15 @@ def frame_bytes(shape: Sequence[int]) -> int:
     return 52 + 4 * len(shape)
 
 
+def longest_record(shape: Sequence[int]) -> int:
+    """Bytes of the longest record a mask can have: that of packed bits.
+
+    >>> longest_record((384, 384))
+    18492
+    """
+    return frame_bytes(shape) + math.prod(bits_shape(shape))
+
+
 def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, base: Tensor | None = None) -> Tensor:
     """Write a mask as a record: packed bits, coded gaps or, against a base weight, coded ranks, whichever is shortest.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from peft_mask.beside import FSDP_PREFIX, PEFT_PREFIX, own_tensors
 from peft_mask.budget import file_bytes
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
@@ -21,8 +22,6 @@ from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.ranks import WrongBaseError
 from peft_mask.record import read_record, write_record
 
-_PEFT_PREFIX = "base_model.model."
-_FSDP_PREFIX = "_fsdp_wrapped_module."
 BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
 FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_scores` adds to a file
 
@@ -30,7 +29,7 @@ FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_score
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
     """Return the masked layers of an adapter by their state-dict path in `model`."""
     return {
-        name.replace(_FSDP_PREFIX, ""): module
+        name.replace(FSDP_PREFIX, ""): module
         for name, module in model.named_modules()
         if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
     }
@@ -140,7 +139,8 @@ def state_from_records(
 
     Raises:
         ValueError: if the file's masks are not exactly those of the model's masked layers, if one is damaged or of
-            another shape, or (`config.check_base`) if it was made for another base weight.
+            another shape, or (`config.check_base`) if it was made for another base weight; if the file holds more than
+            is the adapter's (see `own_tensors`). No tensor of the model has changed then.
     """
     layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
     records = named(state_dict, BITS)
@@ -153,6 +153,7 @@ def state_from_records(
             "Is it an adapter of peft_mask, whole, and for this base model?"
         )
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
+    others = own_tensors(model, adapter_name, others)
     rebuilt = False
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():
@@ -166,7 +167,7 @@ def state_from_records(
                 positions = _checked_positions(name, candidates.get(name), layer.unmerged_weight(), parameter)
             value = scores[name]
             off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
-            if value.shape != parameter.shape or not torch.equal(
+            if not _are_scores(value, parameter) or not torch.equal(
                 layer.bits_of_scores(adapter_name, value, positions, most=off), bits
             ):
                 raise ValueError(
@@ -195,12 +196,23 @@ def state_from_records(
 
 
 def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names end in `suffix`, by the name of their module in the base model."""
-    return {_module_name(key.removesuffix(suffix)): value for key, value in state_dict.items() if key.endswith(suffix)}
+    """Return the tensors whose names end in `suffix`, by the name of their module in the base model.
+
+    Raises:
+        ValueError: if two are of one module, with PEFT's prefix and without it.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if key.endswith(suffix):
+            name = _module_name(key.removesuffix(suffix))
+            if name in found:
+                raise ValueError(f"the file holds '{name}{suffix}' twice, with the prefix '{PEFT_PREFIX}' and without.")
+            found[name] = value
+    return found
 
 
 def _module_name(path: str) -> str:
-    return path.removeprefix(_PEFT_PREFIX)
+    return path.removeprefix(PEFT_PREFIX)
 
 
 def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
@@ -250,6 +262,11 @@ def rebuilt_scores(
         assert positions is not None
         mask = mask.reshape(-1)[positions.to(mask.device).long()]
     return torch.where(mask, config.init_margin, -config.init_margin), positions
+
+
+def _are_scores(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    real = value.is_floating_point() and value.dtype.itemsize > 1
+    return real and value.shape == parameter.shape and not bool(value.isnan().any())
 
 
 def _checked_positions(

@@ -8,7 +8,18 @@ from importlinter import cli
 ROOT = Path(__file__).parents[1]
 
 # What the package must never load by itself: a user who trains or serves a mask does not need it.
-HEAVY = {"matplotlib", "sklearn", "datasets", "evaluate", "bitsandbytes", "triton", "pandas", "examples", "benchmarks"}
+HEAVY = {
+    "matplotlib",
+    "sklearn",
+    "datasets",
+    "evaluate",
+    "bitsandbytes",
+    "triton",
+    "pandas",
+    "examples",
+    "benchmarks",
+    "attacks",
+}
 HEAVY_PARTS = {"torch._inductor", "peft_mask.kernels", "peft_mask.analysis", "peft_mask.cli"}
 
 

@@ -1,12 +1,17 @@
 """Hot-swapping: another adapter in the same tensors, also in a compiled model."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_mask import MaskConfig, Masks, hotswap_adapter
 from peft_mask.layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
+
+HEAD = "base_model.model.classifier.weight"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,17 @@ def test_what_cannot_be_exchanged_is_refused_and_nothing_changes(adapters, tmp_p
 
     get_peft_model(tiny_model("bert"), LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "lora")
     refuse(model, tmp_path / "lora", "is not a mask, but of type")
+
+    for what, change in {
+        r"expected the shape \(3, 32\), the file has \(2, 32\)": lambda t: t.update({HEAD: t[HEAD][:2].clone()}),
+        r"expected the shape \(3, 32\), the file has nothing of that name": lambda t: t.pop(HEAD),
+        r"cannot load 'classifier\S+weight': 96 of its 96 values are NaN": lambda t: t[HEAD].fill_(float("nan")),
+    }.items():
+        shutil.copytree(folders[1], tmp_path / "head", dirs_exist_ok=True)
+        tensors = load_file(tmp_path / "head/adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "head/adapter_model.safetensors", metadata={"format": "pt"})
+        refuse(model, tmp_path / "head", what)
 
     model.merge_adapter()
     refuse(model, folders[1], "'default' is merged: call unmerge_adapter first")

@@ -407,6 +407,15 @@ def test_wrong_sizes_are_refused(folder, adapter):
         base_in(folder).load_adapter(adapter)
 
 
+@by_name
+def test_no_room_is_made_for_records_longer_than_a_mask_can_be(folder, adapter):
+    sizes = json.loads((adapter / CONFIG).read_text())["record_bytes"]
+    edit_config(adapter, record_bytes=[2**40] * len(sizes))
+    with pytest.raises(AttributeError, match="does not say how long its record is"):
+        base_in(folder).load_adapter(adapter)
+    assert equal(outputs(PeftModel.from_pretrained(base_in(folder), adapter).eval()), expected(folder, "one"))
+
+
 def test_an_adapter_in_inference_mode_that_was_never_loaded_does_not_act_as_a_mask():
     model = inject_adapter_in_model(MaskConfig(inference_mode=True), tiny_model("bert"))
     with pytest.raises(ValueError, match=r"the adapter 'default' has no mask for"):

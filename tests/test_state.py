@@ -215,6 +215,24 @@ def test_a_newer_format_is_refused(adapter):
         PeftModel.from_pretrained(mlp(), adapter)
 
 
+def test_a_mask_under_two_names_is_refused(adapter):
+    edit(adapter, lambda tensors: tensors.update({"0.peft_mask_bits": tensors[KEY].clone()}))
+    with pytest.raises(ValueError, match=r"the file holds '0.peft_mask_bits' twice, with the prefix"):
+        PeftModel.from_pretrained(mlp(), adapter)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((20, 12), float("nan")), torch.ones(20, 12, dtype=torch.int64), torch.ones(12, 20)], ids=str
+)
+def test_scores_that_are_none_are_refused(tmp_path, value):
+    model = masked(mlp())
+    keep_scores(model)
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"base_model.model.0.peft_mask_scores": value}))
+    with pytest.raises(ValueError, match=r"cannot load the scores of '0'"):
+        PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
+
+
 def test_nan_scores_are_not_saved(tmp_path):
     model = masked(mlp())
     with torch.no_grad():

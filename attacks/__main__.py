@@ -1,0 +1,35 @@
+"""`python -m attacks`: every hostile adapter by every door; `python -m attacks fuzz --files 100000 --seed 0`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no folder is to be looked for on the Hub because it is broken
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from attacks import cases, run
+
+
+def main() -> int:
+    """Run what the command line asks for; 1 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(prog="python -m attacks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("table", help="the table of hostile adapters (the default)")
+    commands.add_parser("fields", help="every field of the configuration with every hostile value")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    disable_progress_bar()
+    chosen = cases.hostile_fields() if arguments.command == "fields" else cases.cases()
+    return 0 if run.report(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
