@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no folder is to be looked for on the Hub b
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from attacks import cases, run
+from attacks import cases, fuzz, run
 
 
 def main() -> int:
@@ -22,11 +22,17 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("table", help="the table of hostile adapters (the default)")
     commands.add_parser("fields", help="every field of the configuration with every hostile value")
+    fuzzing = commands.add_parser("fuzz", help="mutants of good records and files")
+    fuzzing.add_argument("--files", type=int, default=100_000, help="how many")
+    fuzzing.add_argument("--seed", type=int, default=0, help="which ones")
+    fuzzing.add_argument("--start", type=int, default=0, help="number of the first, to repeat one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     disable_progress_bar()
+    if arguments.command == "fuzz":
+        return 0 if fuzz.report(arguments.files, arguments.seed, arguments.start) else 1
     chosen = cases.hostile_fields() if arguments.command == "fields" else cases.cases()
     return 0 if run.report(chosen) else 1
 

@@ -1,12 +1,20 @@
 """No hostile adapter does harm: some of the table in each run, all of it in the slow one."""
 
-import pytest
+import contextlib
+import tracemalloc
+from collections import Counter
 
-from attacks import cases, run
+import pytest
+import torch
+
+from attacks import cases, forge, fuzz, run
 from attacks.doors import MASKS, NATIVE, PEFT
 from attacks.victim import CODECS, PADDED, QUERY, save_adapter
 from peft_mask import Masks
+from peft_mask.fingerprint import UNKNOWN
 from peft_mask.mask_file import read_headers
+from peft_mask.packing import pack_bits
+from peft_mask.record import read_record, write_record
 from tests.versions import LOADS_BY_NAME, LOADS_HEADS, MANAGES_ADAPTERS
 
 pytestmark = [
@@ -52,6 +60,37 @@ def test_some_of_the_table():
 
 def test_some_hostile_fields():
     assert problems(cases.hostile_fields()[::13], PEFT, NATIVE) == []
+
+
+def test_mutants_are_refused_in_words_or_are_the_one_record_of_a_mask():
+    findings = fuzz.fuzz(2000, seed=0)
+    assert findings.failures == {}
+    assert findings.refused + findings.accepted == 2000
+    assert findings.accepted < 600
+    assert len(findings.reasons) > 25  # so many checks were met, those behind the checksum too
+    assert findings.worst < 1 << 20
+
+
+def test_a_mutant_is_the_same_whatever_else_is_tried():
+    whole = fuzz.fuzz(30, seed=5)
+    parts = [fuzz.fuzz(1, seed=5, start=number) for number in range(30)]
+    assert whole.reasons == sum((part.reasons for part in parts), Counter())
+
+
+@pytest.mark.parametrize("payload", [b"\xff", b"\x55", b"\x11", b"\0"])
+@pytest.mark.parametrize("zeros", [1, 2**14, 2**19])
+def test_a_forged_record_takes_no_more_memory_than_the_dearest_mask_of_its_shape(payload, zeros):
+    shape = (1024, 1024)
+    forged = forge.as_tensor(forge.claim(shape, zeros, payload * (2**17 - 1)))
+    dearest = write_record(pack_bits(torch.rand(shape) >= 0.5), shape, UNKNOWN)
+    peaks = []
+    for data in (dearest, forged):
+        tracemalloc.start()
+        with contextlib.suppress(ValueError):
+            read_record(data, shape)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] <= peaks[0] < 24 * 2**20  # bytes a weight, as docs/format.md says
 
 
 @pytest.mark.slow

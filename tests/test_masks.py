@@ -3,6 +3,8 @@
 import itertools
 import math
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -307,3 +309,44 @@ def test_a_config_that_is_not_json_is_named(copy):
     (copy / CONFIG).write_text("{")
     with pytest.raises(ValueError, match=r"cannot load masks: '.*adapter_config.json' is not JSON"):
         Masks.load(copy)
+
+
+def claiming(path, count, side):
+    """A file of records of sixty bytes, each of which claims an all-kept mask."""
+    body = struct.pack("<4s4B2IQ", b"PMSK", 1, 1, 2, 0, side, side, 0) + bytes(32)
+    record = torch.frombuffer(bytearray(body + struct.pack("<I", zlib.crc32(body))), dtype=torch.uint8)
+    save_file({f"base_model.model.{i}.peft_mask_bits": record.clone() for i in range(count)}, path)
+    return path
+
+
+def test_masks_that_claim_too_much_together_are_refused_before_the_first_is_read(tmp_path):
+    file = claiming(tmp_path / "adapter_model.safetensors", 2, 2**17)
+    with pytest.raises(ValueError, match=r"it claims 4,294,967,296 bytes of bits, .* Pass it, on the meta device is"):
+        Masks.load(file)
+
+
+def test_a_base_without_values_says_what_shapes_to_believe(tmp_path):
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    masks = Masks.load(claiming(tmp_path / "adapter_model.safetensors", 2, 64), base=base)
+    assert masks.weights == 2 * 64 * 64
+    with pytest.raises(ValueError, match=r"its shape is 131072x131072, expected 64x64"):
+        Masks.load(claiming(tmp_path / "adapter_model.safetensors", 2, 2**17), base=base)
+    with pytest.raises(ValueError, match=r"the base weight of '0' has no values"):
+        masks.save(tmp_path / "coded", base=base)
+
+
+def test_a_mask_twice_in_a_file_is_refused(tmp_path):
+    file = claiming(tmp_path / "adapter_model.safetensors", 1, 8)
+    tensors = load_file(file)
+    save_file(tensors | {"0.peft_mask_bits": tensors["base_model.model.0.peft_mask_bits"].clone()}, file)
+    with pytest.raises(ValueError, match=r"it holds a mask twice, with the prefix 'base_model.model.' and without"):
+        Masks.load(file)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"a"', ""])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    adapter().save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config.json' is not JSON \("):
+        Masks.load(tmp_path)
