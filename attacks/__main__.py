@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no folder is to be looked for on the Hub b
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from attacks import cases, fuzz, run
+from attacks import cases, fuzz, kill, run
 
 
 def main() -> int:
@@ -26,6 +26,9 @@ def main() -> int:
     fuzzing.add_argument("--files", type=int, default=100_000, help="how many")
     fuzzing.add_argument("--seed", type=int, default=0, help="which ones")
     fuzzing.add_argument("--start", type=int, default=0, help="number of the first, to repeat one")
+    killing = commands.add_parser("kill", help="kill processes that save")
+    killing.add_argument("--kills", type=int, default=200, help="how many, of each kind")
+    killing.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -33,6 +36,8 @@ def main() -> int:
     disable_progress_bar()
     if arguments.command == "fuzz":
         return 0 if fuzz.report(arguments.files, arguments.seed, arguments.start) else 1
+    if arguments.command == "kill":
+        return 0 if kill.report(arguments.kills, arguments.seed) else 1
     chosen = cases.hostile_fields() if arguments.command == "fields" else cases.cases()
     return 0 if run.report(chosen) else 1
 

@@ -45,7 +45,7 @@ def base_model(seed: int = 0) -> nn.Module:
 def save_adapter(folder: Path, codec: str = "gaps", seed: int = 0, base_seed: int = 0, **fields: object) -> Path:
     """Save an adapter of the model with random masks and a random head."""
     settings = {"target_sparsity": 0.05, "candidates": None, "init_weights": False, "seed": seed} | CODECS[codec]
-    model = get_peft_model(base_model(base_seed), MaskConfig(task_type="SEQ_CLS", **(settings | fields)))  # type: ignore[arg-type]
+    model = get_peft_model(base_model(base_seed), MaskConfig(**({"task_type": "SEQ_CLS"} | settings | fields)))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,8 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from peft_mask.mask_file import read_headers
+from peft_mask.atomic import replace_files
+from peft_mask.mask_file import read_config, read_headers
 from peft_mask.record import RANKS, Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -61,11 +61,11 @@ def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResu
     """
     folder = Path(folder)
     headers = read_headers(folder / _WEIGHTS_FILE)
-    config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_config(folder / _CONFIG_FILE)
     card = _load(folder / _CARD_FILE)
     _fill_metadata(cast(ModelCardData, card.data), config, folder, list(results or []))
     card.text = _with_section(card.text, _section(headers, config, (folder / _WEIGHTS_FILE).stat().st_size))
-    card.save(folder / _CARD_FILE)
+    replace_files({folder / _CARD_FILE: str(card).encode()})
 
 
 def is_card_due(folder: str | os.PathLike[str]) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import tempfile
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
+from peft_mask.atomic import replace_files
 from peft_mask.card import is_card_due, update_model_card
 from peft_mask.fields import check_choice, check_indices, check_names, check_number, check_switch, check_text
 
@@ -165,13 +168,19 @@ class MaskConfig(PeftConfig):
         return self.record_bytes or [] if self._from_file or self.inference_mode else []
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
+        """Write `adapter_config.json`, in the place of an old one in one step, and fill in the model card beside it."""
+        with tempfile.TemporaryDirectory() as aside:  # PEFT would empty the old one before it writes the new
+            super().save_pretrained(aside, **kwargs)
+            written = {file.name: file.read_bytes() for file in Path(aside).iterdir()}
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_files({folder / name: content for name, content in written.items()})
         # PEFT asks no method what to say in the model card. This is what it writes last, after card and adapter, and
         # the one method that is told the folder.
         if is_card_due(save_directory):
             try:
                 update_model_card(save_directory)
-            except ValueError as error:  # the adapter is saved, and a training is not lost for its card
+            except (ValueError, OSError) as error:  # the adapter is saved, and a training is not lost for its card
                 warnings.warn(f"the model card in '{save_directory}' is not filled in: {error}", stacklevel=2)
 
     def _validate_types(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
+from peft_mask.atomic import replace_files
 from peft_mask.fingerprint import Fingerprint
 from peft_mask.packing import bits_shape, count_zeros, entropy_bits, pack_bits
 from peft_mask.ranks import WrongBaseError
@@ -76,7 +77,12 @@ def read_masks(
         mask = masks[name] = _read(name, data, file, weight)
         if weight is not None and not weight.is_meta:
             _check_fingerprint(name, mask, weight)
-    return masks, _read_config(file.with_name(_CONFIG_FILE)) or config_naming(masks)
+    beside = file.with_name(_CONFIG_FILE)
+    config = (read_config(beside) if beside.is_file() else {}) or config_naming(masks)
+    if config.get("modules_to_save"):
+        # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
+        config |= {"modules_to_save": None, "task_type": None}
+    return masks, config
 
 
 def write_masks(
@@ -93,8 +99,8 @@ def write_masks(
     tensors = {f"{_PREFIX}{name}{_SUFFIX}": record for name, record in records.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _write(folder / _CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    data = serialized(tensors, metadata={"format": "pt"})
+    replace_files({folder / _WEIGHTS_FILE: data, folder / _CONFIG_FILE: text.encode()})
 
 
 def _records(file: Path) -> dict[str, Tensor]:
@@ -205,18 +211,18 @@ def _check_fingerprint(name: str, mask: PackedMask, weight: Tensor) -> None:
         )
 
 
-def _read_config(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
+def read_config(file: Path) -> dict[str, Any]:
+    """Read an adapter's configuration, as it stands in its file.
+
+    Raises:
+        ValueError: it is no JSON object. The message names the file.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, got {str(config)[:20]}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot load masks: '{file}' is not JSON ({error}). Download or save it again.") from error
-    if config.get("modules_to_save"):
-        # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
-        config |= {"modules_to_save": None, "task_type": None}
     return config
 
 
@@ -229,12 +235,3 @@ def config_naming(modules: Iterable[str]) -> dict[str, Any]:
         "target_modules": sorted(modules),
         "task_type": None,
     }
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = file.with_name(file.name + ".tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -91,8 +91,8 @@ class Masks(Mapping[str, Tensor]):
         """Write the masks as an adapter that `PeftModel.from_pretrained` loads.
 
         The folder gets `adapter_model.safetensors`, the same bytes for the same masks, and `adapter_config.json`, as
-        loaded or, for masks that come from no file, naming the masked modules in full. Each is first written under
-        another name, then renamed: an interrupted save leaves no half file.
+        loaded or, for masks that come from no file, naming the masked modules in full. Both are first written under
+        other names, then renamed: an interrupted save leaves no half file, and a full disk the old two.
 
         Args:
             path: a folder; made if it does not exist.
@@ -101,6 +101,7 @@ class Masks(Mapping[str, Tensor]):
 
         Raises:
             ValueError: the masks are not for the weights of `base`; nothing is written then.
+            OSError: a file cannot be written; both are as they were then.
         """
         write_masks(path, self._masks, self._config, base)
 

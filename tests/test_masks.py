@@ -185,21 +185,6 @@ def test_the_golden_adapter_is_read_and_written_to_the_byte(tmp_path):
         assert (tmp_path / "loaded" / name).read_bytes() == golden
 
 
-def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    old = masks()
-    old.save(tmp_path)
-
-    def interrupted(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("peft_mask.mask_file.save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        masks().save(tmp_path)
-    assert Masks.load(tmp_path) == old
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, FILE]
-
-
 def test_it_loads_the_masks_of_a_trained_adapter(tmp_path):
     folder = trained(tmp_path, "a", seed=1)
     model = PeftModel.from_pretrained(base(), folder)
