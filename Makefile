@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow peft-suite lint format bench clean
+.PHONY: help demo test test-slow peft-suite attacks audit lint format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -37,6 +37,19 @@ test-slow: $(READY) ## the slow tests
 
 peft-suite: $(READY) ## PEFT's own tests, with masks in the place of its methods
 	$(RUN) tests/peft_suite.py
+
+attacks: $(READY) ## hostile adapters, hostile configurations, 100,000 mutants and 200 kills
+	$(RUN) -m attacks
+	$(RUN) -m attacks fields
+	$(RUN) -m attacks fuzz --files 100000
+	$(RUN) -m attacks kill --kills 50
+
+audit: $(READY) ## known holes of the pinned dependencies; needs pip-audit and the network, and says so if it lacks them
+	@if ! $(RUN) -c 'import pip_audit' 2> /dev/null; then \
+		echo "SKIPPED: the audit of dependencies, pip-audit is not installed in $(VENV)" >&2; \
+	else \
+		$(RUN) -m pip_audit --no-deps --disable-pip -r constraints.txt; \
+	fi
 
 lint: $(READY) ## style, types and the direction of imports
 	$(RUN) -m ruff check

@@ -184,7 +184,7 @@ class MaskConfig(PeftConfig):
                 warnings.warn(f"the model card in '{save_directory}' is not filled in: {error}", stacklevel=2)
 
     def _validate_types(self) -> None:
-        for name in ("fan_in_fan_out", "portable", "check_base", "inference_mode"):
+        for name in ("fan_in_fan_out", "portable", "check_base", "inference_mode", "ensure_weight_tying"):
             check_switch(name, getattr(self, name))
         for name in ("base_model_name_or_path", "revision"):
             check_text(name, getattr(self, name))
