@@ -156,9 +156,28 @@ class Masks(Mapping[str, Tensor]):
             combined[name] = PackedMask.of(mask, one.fingerprint)
         return cls._of(combined, masks[0]._config)
 
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> Masks:
+        """Return other masks of the same weights: those that `function` makes of the name and the mask of each.
+
+        Args:
+            function: takes a module's name and its mask, and returns a bool tensor of the same shape.
+
+        Raises:
+            ValueError: `function` returned something else.
+        """
+        made = {}
+        for name, one in self._masks.items():
+            mask = function(name, self[name])
+            if mask.dtype != torch.bool or tuple(mask.shape) != one.shape:
+                raise ValueError(
+                    f"the new mask of '{name}' must be a bool tensor of shape {one.shape}, got {mask.dtype} of shape "
+                    f"{tuple(mask.shape)}."
+                )
+            made[name] = PackedMask.of(mask, one.fingerprint)
+        return self._of(made, self._config)
+
     def __invert__(self) -> Masks:
-        inverted = {name: PackedMask.of(~self[name], mask.fingerprint) for name, mask in self._masks.items()}
-        return self._of(inverted, self._config)
+        return self.map(lambda name, mask: ~mask)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -201,6 +220,11 @@ class Masks(Mapping[str, Tensor]):
     def weights(self) -> int:
         """Number of masked weights, kept or off."""
         return sum(mask.weights for mask in self._masks.values())
+
+    @property
+    def zeros(self) -> dict[str, int]:
+        """Number of weights that are off in each mask, by module name."""
+        return {name: mask.zeros for name, mask in self._masks.items()}
 
     @property
     def sparsity(self) -> float:

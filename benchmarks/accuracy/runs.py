@@ -99,19 +99,19 @@ def search(
     """
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
-    dev = [_do(run, setting, progress)["dev"] for run in tries]
+    dev = [finished(run, setting, progress)["dev"] for run in tries]
     chosen = tries[dev.index(max(dev))]
     for run in tries:
         if run is not chosen:
             run.state.unlink(missing_ok=True)
     for seed in _seeds(method, seeds):
         run = Run(task, method, chosen.lr, seed, steps, results)
-        result = _do(run, setting, progress)
+        result = finished(run, setting, progress)
         if "test" not in result:
             if not run.state.exists():
                 progress.line(f"{_title(run)}: its parameters are gone, it is trained again")
                 run.file.unlink()
-                result = _do(run, setting, progress)
+                result = finished(run, setting, progress)
             score = probe.score_test if isinstance(method, Probe) else training.score_test
             result["test"] = score(task, method, seed, setting, run.state)  # type: ignore[arg-type]
             run.write(result)
@@ -119,7 +119,7 @@ def search(
         run.state.unlink(missing_ok=True)
 
 
-def _do(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
+def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
     """The result of `run`, from its file or by training."""
     settings = {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
     if (done := run.read()) is not None:

@@ -76,11 +76,19 @@ def untrained(task: Task, method: Method, seed: int, setting: Setting) -> nn.Mod
 
 
 def train(
-    task: Task, method: Method, lr: float, seed: int, steps: int, setting: Setting, state: Path | None = None
+    task: Task,
+    method: Method,
+    lr: float,
+    seed: int,
+    steps: int,
+    setting: Setting,
+    state: Path | None = None,
+    watch: Callable[[int, nn.Module], None] = lambda step, model: None,
 ) -> dict[str, Any]:
     """Trains once, measures the adapter, scores dev; never reads test.
 
-    The trained parameters go to `state`, from which `score_test` goes on.
+    The trained parameters go to `state`, from which `restored` goes on. `watch` sees the model before the first step,
+    as step 0, and after each.
     """
     model: Any = untrained(task, method, seed, setting)  # a PreTrainedModel or a PeftModel
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -90,6 +98,7 @@ def train(
     losses: list[float] = []
     start = time.perf_counter()
     model.train()
+    watch(0, model)
     for indices in training_batches(rows, seed, steps, setting.batch_size):
         loss = model(**rows.batch(indices)).loss
         loss.backward()
@@ -98,6 +107,7 @@ def train(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
+        watch(len(losses), model)
         if len(losses) % 50 == 0:
             setting.progress(f"step {len(losses)} of {steps}, loss {sum(losses[-50:]) / 50:.3f}")
     seconds = time.perf_counter() - start
@@ -118,6 +128,11 @@ def train(
 
 def score_test(task: Task, method: Method, seed: int, setting: Setting, state: Path) -> float:
     """The test accuracy of a run, from the parameters that `train` left in `state`."""
+    return accuracy(restored(task, method, seed, setting, state), setting.rows(task, "test"))
+
+
+def restored(task: Task, method: Method, seed: int, setting: Setting, state: Path) -> nn.Module:
+    """The model of a run after its last step, from the parameters that `train` left in `state`."""
     model = untrained(task, method, seed, setting)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values = load_file(state)
@@ -129,7 +144,7 @@ def score_test(task: Task, method: Method, seed: int, setting: Setting, state: P
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(values[name])
-    return accuracy(model, setting.rows(task, "test"))
+    return model
 
 
 def accuracy(model: nn.Module, rows: Rows, batch_size: int = 64) -> float:

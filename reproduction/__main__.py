@@ -1,0 +1,113 @@
+"""`python -m reproduction --data FOLDER [STUDY ...]`: do the studies without a result, and write the page of all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.accuracy.__main__ import minilm
+from benchmarks.accuracy.runs import environment
+from benchmarks.accuracy.training import Setting
+from peft_mask.analysis import markdown
+from reproduction import controls, curve, dissimilarity, ensembles, line, movement, representations, storage
+from reproduction.models import Models
+from reproduction.scale import Scale
+
+RESULTS = Path(__file__).parent / "results"
+# A study has TITLE and NOTE, `run(models, scale)` for its result and `draw(result, path)` for its picture.
+STUDIES: dict[str, ModuleType] = {
+    "storage": storage,
+    "representations": representations,
+    "dissimilarity": dissimilarity,
+    "line": line,
+    "controls": controls,
+    "ensembles": ensembles,
+    "curve": curve,
+    "movement": movement,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m reproduction", description=__doc__)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; by default all")
+    parser.add_argument("--data", type=Path, help="folder with one folder a task, as for benchmarks.accuracy")
+    parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="do studies that have a result, too")
+    parser.add_argument("--steps", type=int, help="of every training, in place of the task's budget")
+    parser.add_argument("--rows", type=int, default=Scale.rows, help="examples of a split that are looked at")
+    parser.add_argument("--points", type=int, default=Scale.points, help="points of a line")
+    parser.add_argument("--curve-steps", type=int, default=Scale.curve_steps)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(Scale.seeds), help="members of ensembles")
+    parser.add_argument("--every", type=int, default=Scale.every, help="steps between snapshots")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    if unknown := set(options.studies) - STUDIES.keys():
+        parser.error(f"there is no study {sorted(unknown)}; there are {list(STUDIES)}")
+    chosen = options.studies or list(STUDIES)
+    if options.data is None and set(chosen) != {"storage"}:
+        parser.error("--data is missing: the folder with the tasks' files")
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    setting = Setting(options.data or Path(), options.model or minilm())
+    models = Models(setting, options.results / "trainings", options.steps)
+    scale = Scale(options.rows, options.points, options.curve_steps, tuple(options.seeds), options.every)
+    options.results.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        file = options.results / f"{name}.json"
+        if file.exists() and not options.again:
+            continue
+        start = time.perf_counter()
+        result = STUDIES[name].run(models, scale)
+        seconds = round(time.perf_counter() - start)
+        _write(file, {**result, "seconds": seconds, "environment": environment()})
+        STUDIES[name].draw(result, options.results / f"{name}.png")
+        print(f"{name}: {seconds} s\n{markdown(result['rows'])}\n", flush=True)
+    (options.results / "README.md").write_text(page(options.results), "utf-8")
+
+
+def page(results: Path) -> str:
+    """The tables and pictures of all results at hand."""
+    parts = ["# Results of the studies", "Written by `python -m reproduction` from the JSON files beside this page."]
+    for name, study in STUDIES.items():
+        file = results / f"{name}.json"
+        if file.exists():
+            result = json.loads(file.read_text("utf-8"))
+            facts = {key: value for key, value in result.items() if _is_fact(key, value)}
+            told = "".join(f"\n- {key}: {value}" for key, value in facts.items())
+            parts += [
+                f"## {study.TITLE}",
+                study.NOTE,
+                markdown(result["rows"]),
+                told.strip(),
+                f"![{study.TITLE}]({name}.png)",
+            ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    return key not in ("rows", "points", "labels", "environment") and value is not None
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    unfinished = file.with_suffix(".tmp")
+    text = json.dumps({key: value for key, value in result.items() if key not in ("points", "labels")}, indent=1)
+    bulk = {key: result[key] for key in ("points", "labels") if key in result}
+    if bulk:  # one line each: they are long and for the picture alone
+        text = text[:-2] + "".join(f',\n "{key}": {json.dumps(value)}' for key, value in bulk.items()) + "\n}"
+    unfinished.write_text(text + "\n", "utf-8")
+    unfinished.replace(file)
+
+
+if __name__ == "__main__":
+    main()
