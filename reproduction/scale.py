@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """`rows`: examples of a split that are looked at, the first of them. `points`: of a line. `curve_steps`: batches that
+    """The numbers behind the command's options.
+
+    `rows`: examples of a split that are looked at, the first of them. `points`: of a line. `curve_steps`: batches that
     a curve is trained with. `seeds`: of the ensembles' members. `every`: steps between two snapshots of masks.
     """
 

@@ -111,7 +111,8 @@ def test_shell_blocks_parse_and_name_what_exists():
         assert checked.returncode == 0, f"{block.where}: {checked.stderr}"
         named = set(re.findall(r"^\s*make (?:\w+=\S+ )*([a-z-]+)", block.source, flags=re.MULTILINE))
         assert named <= targets, f"{block.where}: the Makefile has no {named - targets}"
-        for module in re.findall(r"python3? -m ((?:attacks|examples|benchmarks)[\w.]*)", block.source):
+        modules = r"python3? -m ((?:attacks|examples|benchmarks|reproduction|peft_mask)[\w.]*)"
+        for module in re.findall(modules, block.source):
             assert importlib.util.find_spec(module), f"{block.where}: there is no module {module}"
         for script in re.findall(r"python3? ([\w./-]+\.py)", block.source):
             assert (ROOT / script).exists(), f"{block.where}: there is no file {script}"

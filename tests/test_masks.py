@@ -30,11 +30,11 @@ def everywhere(value):
     return Masks({name: torch.full(shape, value) for name, shape in SHAPES.items()})
 
 
-def trained(tmp_path, name, seed, **fields):
+def trained(tmp_path, name, seed, base_seed=0, **fields):
     """Path of the adapter of a small base model, saved by PEFT."""
     torch.manual_seed(seed)
     config = MaskConfig(target_modules=["0", "2"], binarizer="threshold", candidates=None, init_weights=False, **fields)
-    get_peft_model(base(), config).save_pretrained(tmp_path / name)
+    get_peft_model(base(base_seed), config).save_pretrained(tmp_path / name)
     return tmp_path / name
 
 
@@ -112,6 +112,18 @@ def test_equality_needs_the_same_modules_shapes_and_masks():
     assert Masks({"x": torch.ones(2, 8, dtype=torch.bool)}) != Masks({"x": torch.ones(2, 2, 4, dtype=torch.bool)})
 
 
+def test_a_function_makes_other_masks_of_the_same_weights(tmp_path):
+    value = Masks.load(trained(tmp_path, "a", seed=1))
+    flipped = value.map(lambda name, mask: mask.flip(0) if name == "0" else mask)
+    assert torch.equal(flipped["0"], value["0"].flip(0))
+    assert torch.equal(flipped["2"], value["2"])
+    with pytest.raises(ValueError, match="different base weights"):  # it knows its base as the first did
+        flipped & Masks.load(trained(tmp_path, "b", seed=1, base_seed=7))
+    for wrong in (lambda name, mask: mask.float(), lambda name, mask: mask.T):
+        with pytest.raises(ValueError, match=r"the new mask of '0' must be a bool tensor of shape \(20, 12\)"):
+            value.map(wrong)
+
+
 def test_operands_of_different_modules_are_refused_with_both_differences():
     a, b = masks(), masks()
     left = Masks({"only.a": a["wide"], "both": a["wide"]})
@@ -141,6 +153,11 @@ def test_sparsity_is_the_fraction_that_is_off():
     assert value.sparsities == {"a": 0.5, "b": 0.0}
     assert value.weights == 16
     assert value.entropy == 4 / 16
+
+
+def test_zeros_are_counted_in_each_mask():
+    value = masks()
+    assert value.zeros == {name: int((~mask).sum()) for name, mask in value.items()}
 
 
 def test_measures_of_no_weights_are_zero():

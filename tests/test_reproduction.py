@@ -33,6 +33,7 @@ def study(data: Path, model: Path, results: Path, *more: str) -> None:  # noqa: 
     command.main([str(option) for option in [*more, *options, *small]])
 
 
+@pytest.mark.slow
 def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path, capsys):  # noqa: F811
     results = tmp_path / "results"
     study(data, model, results)

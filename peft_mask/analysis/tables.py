@@ -7,7 +7,7 @@ from typing import Any
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table: integers with commas, other numbers with four digits.
+    """Return rows as a Markdown table: integers with commas, other numbers with four digits, from 1,000 one decimal.
 
     Args:
         rows: what the analyses return; the columns are the keys of all rows in the order they appear.
@@ -26,4 +26,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
