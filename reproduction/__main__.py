@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="do studies that have a result, too")
     parser.add_argument("--steps", type=int, help="of every training, in place of the task's budget")
+    parser.add_argument("--recipes", nargs="+", choices=("mask", "paper"), default=list(Scale.recipes))
     parser.add_argument("--rows", type=int, default=Scale.rows, help="examples of a split that are looked at")
     parser.add_argument("--points", type=int, default=Scale.points, help="points of a line")
     parser.add_argument("--curve-steps", type=int, default=Scale.curve_steps)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(Scale.seeds), help="members of ensembles")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(Scale.seeds), help="masks in an ensemble")
+    parser.add_argument("--finetuned-seeds", type=int, nargs="+", default=list(Scale.finetuned_seeds))
     parser.add_argument("--every", type=int, default=Scale.every, help="steps between snapshots")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
@@ -61,7 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     setting = Setting(options.data or Path(), options.model or minilm())
     models = Models(setting, options.results / "trainings", options.steps)
-    scale = Scale(options.rows, options.points, options.curve_steps, tuple(options.seeds), options.every)
+    scale = Scale(
+        recipes=tuple(options.recipes),
+        rows=options.rows,
+        points=options.points,
+        curve_steps=options.curve_steps,
+        seeds=tuple(options.seeds),
+        finetuned_seeds=tuple(options.finetuned_seeds),
+        every=options.every,
+    )
     options.results.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         file = options.results / f"{name}.json"

@@ -37,7 +37,8 @@ NOTE = (
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     train, dev = (models.batches("sst2", split, scale.rows) for split in ("train", "dev"))
     rows = []
-    for way, recipe in (("mask", "default"), ("paper", "paper's setting")):
+    for way in scale.recipes:
+        recipe = {"mask": "default", "paper": "paper's setting"}[way]
         model = models.trained("sst2", way, 0)
         learned, trained = masks_of(model), effective_weights(model)
         base = models.untrained("sst2", "full", 0)

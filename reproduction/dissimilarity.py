@@ -33,10 +33,10 @@ PAIRS = {
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     rows = []
-    for way, pairs in PAIRS.items():
+    for way in scale.recipes:
         start = masks_of(models.untrained("trec", way, 0))
         share = _may_flip(models, way)
-        for title, ((first_task, first_seed), (second_task, second_seed)) in pairs.items():
+        for title, ((first_task, first_seed), (second_task, second_seed)) in PAIRS[way].items():
             first = masks_of(models.trained(first_task, way, first_seed))
             second = masks_of(models.trained(second_task, way, second_seed))
             chance = _chance(first, second, start, share)

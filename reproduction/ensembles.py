@@ -21,7 +21,7 @@ NOTE = "The way to decide is chosen on development data, then scored on test. Th
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    dev, test = models.batches("sst2", "dev", scale.rows), models.batches("sst2", "test", 100_000)
+    dev, test = models.batches("sst2", "dev", scale.rows), models.batches("sst2", "test", scale.rows)
     rows = []
     for method, compute in (("masked", _masked), ("fine-tuned", _finetuned)):
         on_dev, on_test = (compute(models, scale, split) for split in (dev, test))
@@ -32,7 +32,7 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
         rows.append(
             {
                 "models": method,
-                "members": len(scale.seeds),
+                "members": len(of_members),
                 "way chosen on dev": chosen,
                 "dev: " + ", ".join(("labels", "logits", "probabilities")): ", ".join(
                     f"{scores[by]:.4f}" for by in ("labels", "logits", "probabilities")
@@ -42,7 +42,7 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
                 "test, ensemble": round(together, 4),
             }
         )
-    return {"rows": rows}
+    return {"rows": rows, "examples": len(labels_of(test))}
 
 
 def _masked(models: Models, scale: Scale, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -58,7 +58,7 @@ def _masked(models: Models, scale: Scale, batches: list[dict[str, Tensor]]) -> T
 
 
 def _finetuned(models: Models, scale: Scale, batches: list[dict[str, Tensor]]) -> Tensor:
-    return torch.stack([logits_of(models.trained("sst2", "full", seed), batches) for seed in scale.seeds])
+    return torch.stack([logits_of(models.trained("sst2", "full", seed), batches) for seed in scale.finetuned_seeds])
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

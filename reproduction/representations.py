@@ -21,15 +21,11 @@ NOTE = (
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     train, dev = (models.batches("sst2", split, scale.rows) for split in ("train", "dev"))
-    made = {
-        "pretrained": lambda: models.untrained("sst2", "full", 0),
-        "fine-tuned": lambda: models.trained("sst2", "full", 0),
-        "masked": lambda: models.trained("sst2", "mask", 0),
-        "masked, paper's setting": lambda: models.trained("sst2", "paper", 0),
-    }
+    names = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setting"}
     rows, points = [], {}
-    for name, make in made.items():
-        model = make()
+    for way in ("pretrained", "full", *scale.recipes):
+        name = names.get(way, way)
+        model = models.untrained("sst2", "full", 0) if way == "pretrained" else models.trained("sst2", way, 0)
         row: dict[str, Any] = {"model": name}
         for pooling in ("mean", "first"):
             layer = f"bert.encoder.layer.{model.config.num_hidden_layers - 1}"

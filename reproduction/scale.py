@@ -9,12 +9,20 @@ from dataclasses import dataclass
 class Scale:
     """The numbers behind the command's options.
 
-    `rows`: examples of a split that are looked at, the first of them. `points`: of a line. `curve_steps`: batches that
-    a curve is trained with. `seeds`: of the ensembles' members. `every`: steps between two snapshots of masks.
+    Attributes:
+        recipes: of masks, keys of `reproduction.models.WAYS`.
+        rows: how many examples of a split are looked at, the first of them.
+        points: of a line or curve.
+        curve_steps: batches that a curve is trained with.
+        seeds: of the masks in an ensemble.
+        finetuned_seeds: of the models beside it.
+        every: steps between two snapshots of masks.
     """
 
+    recipes: tuple[str, ...] = ("mask",)
     rows: int = 872
     points: int = 11
     curve_steps: int = 60
     seeds: tuple[int, ...] = (0, 1, 2)
+    finetuned_seeds: tuple[int, ...] = (0,)
     every: int = 15

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,20 @@ def test_a_run_is_a_function_of_its_seed(setting: Setting) -> None:
     assert isinstance(method, Method)
     losses = [training.train(TASKS["trec"], method, 1e-3, seed, STEPS, setting)["loss"] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_run_can_be_watched(setting: Setting) -> None:
+    method, seen = METHODS["full"], []
+    assert isinstance(method, Method)
+
+    def watch(step: int, model: torch.nn.Module) -> None:
+        seen.append((step, model.classifier.weight.detach().clone()))
+
+    training.train(TASKS["trec"], method, 1e-3, 0, STEPS, setting, watch=watch)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    first = training.untrained(TASKS["trec"], method, 0, setting).classifier.weight
+    assert torch.equal(seen[0][1], first), "before the first step"
+    assert all(not torch.equal(a, b) for (_, a), (_, b) in pairwise(seen)), "after each"
 
 
 def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> Path:
 
 def study(data: Path, model: Path, results: Path, *more: str) -> None:  # noqa: F811
     options = ["--data", data, "--model", model, "--results", results, "--steps", 2, "--rows", 30, "--threads", 1]
-    small = ["--points", 3, "--curve-steps", 2, "--seeds", 0, 1, "--every", 1]
+    small = ["--recipes", "mask", "paper", "--points", 3, "--curve-steps", 2, "--seeds", 0, 1, "--every", 1]
     command.main([str(option) for option in [*more, *options, *small]])
 
 
