@@ -22,7 +22,7 @@ from peft_mask.analysis import (
     shuffled,
     write_weights,
 )
-from peft_mask.analysis.plots import Line, plot_lines
+from peft_mask.analysis.plots import plot_dots
 from peft_mask.candidates import choose_candidates
 from reproduction.models import Models
 from reproduction.scale import Scale
@@ -80,13 +80,8 @@ def _masks(learned: Masks, base: nn.Module, candidates: bool) -> dict[str, Masks
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    lines = {}
-    for recipe in dict.fromkeys(row["recipe"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["recipe"] == recipe]
-        for column in ("accuracy, trained head", "accuracy, head refitted"):
-            names = [
-                row["mask"].replace(", seed", "\nseed").replace(": ", ":\n").replace(" among", "\namong")
-                for row in rows
-            ]
-            lines[f"{recipe}: {column}"] = Line(names, [row[column] for row in rows], dashed="refitted" in column)
-    plot_lines(path, lines, "", "development accuracy", TITLE)
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        for column in ("trained head", "head refitted"):
+            series.setdefault(f"{row['recipe']}, {column}", {})[row["mask"]] = row[f"accuracy, {column}"]
+    plot_dots(path, series, "development accuracy", TITLE)

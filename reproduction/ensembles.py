@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_mask.analysis import adapter_logits, ensemble, ensemble_table, labels_of, logits_of
 from peft_mask.analysis.evaluation import share_right
-from peft_mask.analysis.plots import Line, plot_lines
+from peft_mask.analysis.plots import plot_dots
 from reproduction.models import Models
 from reproduction.scale import Scale
 
@@ -62,9 +62,9 @@ def _finetuned(models: Models, scale: Scale, batches: list[dict[str, Tensor]]) -
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    lines = {}
+    series = {}
     for row in result["rows"]:
         members = [float(score) for score in row["test of each member"].split(", ")]
-        names = [*(f"member {i}" for i in range(len(members))), "mean", "ensemble"]
-        lines[row["models"]] = Line(names, [*members, row["test, mean of members"], row["test, ensemble"]])
-    plot_lines(path, lines, "", "test accuracy", TITLE)
+        figures = {f"member {i}": score for i, score in enumerate(members)}
+        series[row["models"]] = {**figures, "mean": row["test, mean of members"], "ensemble": row["test, ensemble"]}
+    plot_dots(path, series, "test accuracy", TITLE)

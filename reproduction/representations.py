@@ -36,7 +36,7 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
             if pooling == "mean":
                 row["variance in two principal components"] = round(float(principal_components(held)[1].sum()), 3)
                 placed = tsne(held, perplexity=min(30.0, len(held) / 4))
-                points[name] = [[round(value, 1) for value in point] for point in placed.tolist()]
+                points[name] = [[round(value, 3) for value in point] for point in placed.tolist()]
         rows.append(row)
     return {"rows": rows, "examples": len(labels_of(dev)), "points": points, "labels": labels_of(dev).tolist()}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_mask.analysis.plots import Line, plot_lines, plot_points
+from peft_mask.analysis.plots import Line, plot_dots, plot_lines, plot_points
 
 
 def test_lines_are_drawn_with_their_names(tmp_path):
@@ -14,6 +14,14 @@ def test_lines_are_drawn_with_their_names(tmp_path):
     assert written.count("<!-- fine-tuned -->") == written.count("<!-- control -->") == 1
     for text in ("tasks", "bytes", "many tasks"):
         assert f"<!-- {text} -->" in written
+
+
+def test_dots_have_a_row_a_name(tmp_path):
+    path = tmp_path / "dots.svg"
+    plot_dots(path, {"first": {"a mask": 0.5, "a control": 0.4}, "second": {"a control": 0.3}}, "accuracy", "masks")
+    written = path.read_text("utf-8")
+    for text in ("a mask", "a control", "first", "second", "accuracy", "masks"):
+        assert written.count(f"<!-- {text} -->") == 1
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

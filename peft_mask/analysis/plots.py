@@ -57,6 +57,32 @@ def plot_lines(
     figure.savefig(path, dpi=150)
 
 
+def plot_dots(path: str | os.PathLike[str], series: Mapping[str, Mapping[str, float]], x: str, title: str) -> None:
+    """Draw figures with names, one name a row, so that long ones can be read.
+
+    Args:
+        path: PNG, SVG or PDF file to write.
+        series: by their names in the legend: figures by name. Names that one series lacks are left open.
+        x: what the horizontal axis shows.
+        title: one line above.
+    """
+    names = list(dict.fromkeys(name for figures in series.values() for name in figures))
+    figure = Figure(figsize=(6.4, 1.6 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for i, (legend, figures) in enumerate(series.items()):
+        rows = [names.index(name) for name in figures]
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(
+            list(figures.values()), rows, color=COLORS[i % len(COLORS)], marker=marker, linestyle="", label=legend
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    _finish(axes, x, "")
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def plot_points(
     path: str | os.PathLike[str],
     panels: Mapping[str, tuple[Tensor, Tensor]],
