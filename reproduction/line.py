@@ -17,7 +17,7 @@ TITLE = "Line segments between minima: SST-2, development accuracy"
 NOTE = (
     "All tensors are interpolated. The pretrained model has the head that both trainings started from; with a trained "
     "head it has that of the other end, so that only the encoder moves. Barrier: how far the accuracy falls below the "
-    "straight line between the ends, at worst."
+    "straight line between the ends, at worst. Spread: highest less lowest accuracy, 0 if the segment is flat."
 )
 
 
@@ -41,12 +41,13 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
         "pretrained with the trained head to fine-tuned": (_with_head(weights, "fine-tuned"), weights["fine-tuned"]),
         "pretrained with the trained head to masked": (_with_head(weights, "masked"), weights["masked"]),
     }
-    rows, barriers = [], {}
+    rows, barriers, spreads = [], {}, {}
     for name, (start, end) in segments.items():
         found = scan(plain, Curve(start, end), lambda model: accuracy(model, dev), scale.points)
         barriers[name] = round(barrier(found), 4)
+        spreads[name] = round(max(row["score"] for row in found) - min(row["score"] for row in found), 4)
         rows += [{"segment": name, "t": round(row["t"], 3), "accuracy": round(row["score"], 4)} for row in found]
-    return {"rows": rows, "barriers": barriers, "examples": sum(len(batch["labels"]) for batch in dev)}
+    return {"rows": rows, "barriers": barriers, "spreads": spreads, "examples": sum(len(batch["labels"]) for batch in dev)}
 
 
 def _with_head(weights: dict[str, dict[str, Tensor]], of: str) -> dict[str, Tensor]:
