@@ -47,7 +47,12 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
         barriers[name] = round(barrier(found), 4)
         spreads[name] = round(max(row["score"] for row in found) - min(row["score"] for row in found), 4)
         rows += [{"segment": name, "t": round(row["t"], 3), "accuracy": round(row["score"], 4)} for row in found]
-    return {"rows": rows, "barriers": barriers, "spreads": spreads, "examples": sum(len(batch["labels"]) for batch in dev)}
+    return {
+        "rows": rows,
+        "barriers": barriers,
+        "spreads": spreads,
+        "examples": sum(len(batch["labels"]) for batch in dev),
+    }
 
 
 def _with_head(weights: dict[str, dict[str, Tensor]], of: str) -> dict[str, Tensor]:
