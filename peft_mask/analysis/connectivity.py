@@ -175,8 +175,8 @@ def barrier(rows: Iterable[Mapping[str, float]]) -> float:
 
     Source: the error barrier of Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis".
 
-    >>> barrier([{"t": 0.0, "score": 0.9}, {"t": 0.5, "score": 0.75}, {"t": 1.0, "score": 0.75}])
-    0.075...
+    >>> barrier([{"t": 0.0, "score": 1.0}, {"t": 0.5, "score": 0.25}, {"t": 1.0, "score": 0.5}])
+    0.5
     """
     path = list(rows)
     first, last = path[0]["score"], path[-1]["score"]
