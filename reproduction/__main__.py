@@ -111,7 +111,7 @@ def _is_fact(key: str, value: Any) -> bool:
 
 def _write(file: Path, result: dict[str, Any]) -> None:
     unfinished = file.with_suffix(".tmp")
-    text = json.dumps({key: value for key, value in result.items() if key not in ("points", "labels")}, indent=1)
+    text = json.dumps({k: v for k, v in result.items() if k not in ("points", "labels")}, indent=1, allow_nan=False)
     bulk = {key: result[key] for key in ("points", "labels") if key in result}
     if bulk:  # one line each: they are long and for the picture alone
         text = text[:-2] + "".join(f',\n "{key}": {json.dumps(value)}' for key, value in bulk.items()) + "\n}"

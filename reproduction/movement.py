@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
             snapshots.append((step, masks_of(model)))
 
     train(done.task, WAYS["mask"][0], done.lr, done.seed, done.steps, models.setting, watch=watch)
-    return {"rows": [{name: round(value, 5) for name, value in row.items()} for row in movement(snapshots)]}
+    # JSON has no NaN, which is the overlap of no zeros with others
+    return {
+        "rows": [
+            {name: None if math.isnan(value) else round(value, 5) for name, value in row.items()}
+            for row in movement(snapshots)
+        ]
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     rows = result["rows"][1:]
-    steps = [row["step"] for row in rows]
-    names = {"IoU of zeros with the snapshot before": "iou_since"}
-    lines = {words: Line(steps, [row[name] for row in rows]) for words, name in names.items()}
-    last = [row["flipped_since"] / max(row["flip_ratio"], 1e-9) for row in rows]
-    lines["masks flipped since the snapshot before / flipped since the start"] = Line(steps, last)
-    plot_lines(path, lines, "step", "share", TITLE)
+    line = Line([row["step"] for row in rows], [row["iou_since"] for row in rows])
+    plot_lines(path, {"IoU of zeros with the snapshot before": line}, "step", "share", TITLE)

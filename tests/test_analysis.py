@@ -33,6 +33,7 @@ from peft_mask.analysis import (
     labels_of,
     logits_of,
     magnitude_masks,
+    markdown,
     masked_shapes,
     masks_of,
     movement,
@@ -687,6 +688,11 @@ def test_ways_to_decide_that_are_none_are_refused():
         ensemble(torch.zeros(1, 1, 2), "median")
     with pytest.raises(ValueError, match="expected logits of shape"):
         ensemble(torch.zeros(1, 2), "labels")
+
+
+def test_tables_leave_open_what_is_not_known():
+    rows = [{"a": 1234567, "b": 0.12345}, {"a": None, "c": 4817.16}]
+    assert markdown(rows).splitlines()[2:] == ["| 1,234,567 | 0.1235 |  |", "|  |  | 4,817.2 |"]
 
 
 # ---- the command ----

@@ -26,6 +26,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
+    if value is None:
+        return ""
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
