@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from peft_mask import MaskConfig, Masks, MaskStatistics
+from peft_mask import MaskConfig, Masks, MaskStatistics, keep_scores
 from peft_mask.analysis import (
     Curve,
     accuracy,
@@ -722,7 +722,9 @@ def test_the_command_compares_adapters(tmp_path, capsys):
 
 def test_the_command_follows_checkpoints_in_order_of_steps(tmp_path, capsys):
     for step in (100, 20):
-        masked(step).save_pretrained(tmp_path / f"checkpoint-{step}")
+        model = masked(step)
+        keep_scores(model)  # as Trainer's checkpoints do, with MaskCallback
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
     main(["movement", *map(str, sorted(tmp_path.iterdir()))])
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 20", "| 100"]
     with pytest.raises(SystemExit, match="does not end in a number of steps"):
