@@ -6,8 +6,12 @@ steps than around a threshold such as 0.01, where its spacing (6e-5) is a whole 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch.autograd.function import once_differentiable
+
+from peft_mask.noise import uniform_like
 from peft_mask.packing import index_dtype
 
 # The largest negative number of a dtype that no processor setting turns into zero. Where subnormal numbers are flushed,
@@ -59,6 +63,75 @@ def binarize_topk(scores: torch.Tensor, zeros: int) -> torch.Tensor:
     tensor([False,  True, False,  True])
     """
     return ~lowest(scores, zeros, below=threshold_of(scores.dtype))
+
+
+def binarize_groups(scores: torch.Tensor, kept: int, size: int, dimension: int = -1) -> torch.Tensor:
+    """Keep the `kept` weights of highest score among each `size` consecutive ones: an N:M mask, such as 2:4.
+
+    Args:
+        scores: real-valued tensor of any floating dtype.
+        kept: N, how many of a group are kept, whatever their scores.
+        size: M, how many make a group; it divides the length of `dimension`.
+        dimension: along which the groups lie, the inputs of a layer for hardware to make use of them.
+
+    Returns:
+        Boolean tensor of the shape of `scores`, True where the weight is kept. Of tied scores the first are kept.
+
+    Source: the official code has none; N:M masks are learned by MaskLLM (Fang et al. 2024), among others.
+
+    >>> binarize_groups(torch.tensor([[4.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]]), kept=2, size=4).int()
+    tensor([[1, 0, 0, 1, 1, 1, 0, 0]], dtype=torch.int32)
+    """
+    groups = scores.movedim(dimension, -1).unflatten(-1, (-1, size))
+    limit = groups.topk(kept, dim=-1).values.amin(-1, keepdim=True)
+    above, at = groups > limit, groups == limit
+    mask = above | (at & (at.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
+    return mask.flatten(-2).movedim(-1, dimension)
+
+
+def binarize_bernoulli(scores: torch.Tensor, key: int) -> torch.Tensor:
+    """Draw a mask: a weight is kept with the probability `sigmoid(score)`.
+
+    Args:
+        scores: real-valued tensor of any shape and floating dtype.
+        key: what tells apart tensors of equal scores, from 0 to 2^32 - 1 (see `noise.uniform_like`).
+
+    Returns:
+        Boolean tensor of the same shape, the same for the same scores and key. NaN scores are off.
+
+    Source: official code, `MaskedLinear3`. It draws in evaluation, too, where we keep what is likelier kept than not:
+    `binarize_threshold`.
+    """
+    return uniform_like(scores, key) < scores.detach().float().sigmoid()
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(scores)
+        return scores.view_as(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (scores,) = ctx.saved_tensors
+        outward = (scores >= 1) & (grad < 0) | (scores <= -1) & (grad > 0)
+        return grad.masked_fill(outward, 0)
+
+
+def bounded(scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores as they are, and keep gradients from pushing them out of [-1, 1].
+
+    A score at a bound, or beyond, gets no gradient that leads further out, and every one that leads back. So training
+    keeps scores where they were clamped to, whatever the optimizer, up to what its momentum still adds.
+
+    Args:
+        scores: real-valued tensor of any shape and floating dtype.
+
+    Source: official code, `MaskedLinear2`. It clamps the parameter in the forward pass and lets no gradient at all pass
+    at a bound, from where no score comes back.
+    """
+    return _Bounded.apply(scores)
 
 
 def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.Tensor:

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_mask.atomic import replace_files
 from peft_mask.mask_file import read_config, read_headers
-from peft_mask.record import RANKS, Header
+from peft_mask.payload import RANKS
+from peft_mask.record import Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"

@@ -21,6 +21,10 @@ class Embedding(MaskLayer):
     no gradient, and neither do its scores.
     """
 
+    @staticmethod
+    def input_dimension_of(base_layer: nn.Module) -> int | None:
+        return None
+
     @property
     def in_features(self) -> int:
         return self.mask_shape[0]
@@ -66,6 +70,8 @@ class Embedding(MaskLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions as if these rows were all there is."""
         scores, mask, positions = self._scores_in_force(adapter_name)
+        if positions is None and scores.shape[0] != self.mask_shape[0]:
+            return scores, mask, None  # one for the whole table
         if positions is None:
             return scores[rows], None if mask is None else mask[rows], None
         # the candidates of a row stand together, from `first` on

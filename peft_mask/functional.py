@@ -6,6 +6,7 @@ weights and NaN for infinite ones, and merged and unmerged models would differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,16 +48,39 @@ def apply_scores(weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(weight, scores, threshold_of(scores.dtype))
 
 
+def per_weight(units: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return what is given for each block of a weight for each weight of it: a tensor of the weight's shape.
+
+    Args:
+        units: tensor of as many dimensions as `shape`, whose lengths divide those of `shape`.
+        shape: shape of the weight.
+
+    >>> per_weight(torch.tensor([[True], [False]]), (4, 2)).int().tolist()
+    [[1, 1], [1, 1], [0, 0], [0, 0]]
+    """
+    for axis, length in enumerate(shape):
+        if 1 < units.shape[axis] < length:
+            units = units.repeat_interleave(length // units.shape[axis], axis)
+    return units.expand(*shape)
+
+
+def per_unit(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the sums of a tensor over the blocks of a weight, of which there are `shape`: the twin of `per_weight`."""
+    sizes = [size for length, units in zip(values.shape, shape, strict=True) for size in (units, length // units)]
+    blocks = values.reshape(sizes)
+    return blocks.sum(tuple(range(1, blocks.dim(), 2)), dtype=torch.promote_types(values.dtype, torch.float32))
+
+
 def _masked(
     weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """`weight` under its scores: the threshold's mask, or the one given, of all weights or of those at `positions`."""
-    if mask is None and positions is None:
+    """`weight` under its scores: the threshold's mask, or the one given, of all blocks or of weights at `positions`."""
+    if mask is None and positions is None and scores.shape == weight.shape:
         return apply_scores(weight, scores)
     if mask is None:
         mask = binarize_threshold(scores)
     if positions is None:
-        return apply_mask(weight, mask)
+        return apply_mask(weight, per_weight(mask, weight.shape))
     index = positions.long()
     masked = weight.clone(memory_format=torch.contiguous_format)
     return masked.put_(index, torch.where(mask, weight.take(index), 0))
@@ -65,10 +89,12 @@ def _masked(
 def _score_gradient(
     grad: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    """`dL/d(W * M) * W`, of all weights or of those at `positions`; `grad` may be overwritten."""
+    """`dL/d(W * M) * W`, summed over each block, or of weights at `positions`; `grad` may be overwritten."""
     if positions is not None:
         index = positions.long()
         grad, weight = grad.take(index), weight.take(index)
+    elif scores.shape != weight.shape:
+        return per_unit(grad.mul_(weight), scores.shape).to(scores.dtype)
     return grad.to(scores.dtype).mul_(weight)
 
 
@@ -107,7 +133,8 @@ def masked_weight(
 
     Args:
         weight: (...) tensor, usually frozen.
-        scores: tensor of the same shape, or (candidates,) with `positions`.
+        scores: tensor of the same shape, or of one that divides it: each score then governs a block of the weight, and
+            its gradient is the sum over that; or (candidates,) with `positions`.
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
         positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
             are kept.
@@ -183,7 +210,8 @@ def masked_linear(
     Args:
         x: (..., in) tensor.
         weight: (out, in) tensor, any strides; (in, out) if `transposed`.
-        scores: tensor of the shape of `weight`, or (candidates,) with `positions`; any floating dtype.
+        scores: tensor of the shape of `weight`, or of one that divides it (see `masked_weight`), or (candidates,) with
+            `positions`; any floating dtype.
         bias: (out,) tensor or None.
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
         positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights

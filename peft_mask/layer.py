@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -11,15 +12,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 
-from peft_mask.binarize import binarize_threshold, binarize_topk
 from peft_mask.bits import BitsDict
 from peft_mask.budget import budget_zeros
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.functional import apply_mask, masked_weight
+from peft_mask.functional import apply_mask, masked_weight, per_weight
 from peft_mask.init import initial_scores
 from peft_mask.packing import bits_from_positions, index_dtype, pack_bits, unpack_bits, zero_positions
+from peft_mask.rules import Rule, rule_for
 from peft_mask.stored import Displaced, StoredWeight
 
 BASE = "__base__"  # PEFT's word for no adapter, in a batch of several
@@ -28,9 +29,10 @@ BASE = "__base__"  # PEFT's word for no adapter, in a batch of several
 class MaskLayer(nn.Module, BaseTunerLayer):
     """What every masked layer shares: scores or bits of each adapter, merging and exact unmerging.
 
-    An adapter that is trained owns `peft_mask_scores[adapter]`: a parameter of the weight's shape or, where only some
-    weights may go, of one score for each of `peft_mask_positions[adapter]` (row-major, ascending). An adapter that is
-    only used owns `peft_mask_bits[adapter]`, the packed mask: uint8 of shape (rows, ceil(columns / 8)). Never both.
+    An adapter that is trained owns `peft_mask_scores[adapter]`: a parameter of the weight's shape, of a shape that
+    divides it where one score governs a block or, where only some weights may go, of one score for each of
+    `peft_mask_positions[adapter]` (row-major, ascending). An adapter that is only used owns `peft_mask_bits[adapter]`,
+    the packed mask: uint8 of shape (rows, ceil(columns / 8)). Never both.
     """
 
     adapter_layer_names = ("peft_mask_scores",)
@@ -39,10 +41,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training  # of a base in evaluation no mask is drawn
         self.peft_mask_scores = nn.ParameterDict()
         self.peft_mask_bits = BitsDict()
         self.peft_mask_positions = BufferDict(persistent=True)
-        self._zeros: dict[str, int] = {}  # how many weights an adapter switches off, if that is a budget
+        self._rules: dict[str, Rule] = {}  # of adapters with scores
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
@@ -66,7 +69,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 positions = choose_candidates(weight, config, name)
                 if positions is not None:
                     self.peft_mask_positions[adapter_name] = positions
-                scores = initial_scores(weight, config, name, positions)
+                rule = self._rules[adapter_name] = self.rule_for(config, name)
+                scores = initial_scores(weight, config, name, positions, rule.unit)
                 self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
                 self.set_sparsity(adapter_name, config.target_sparsity)
             self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -100,21 +104,24 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Shape of the masks: that of the base weight."""
         return self.stored.shape
 
+    @staticmethod
+    def input_dimension_of(base_layer: nn.Module) -> int | None:
+        """Return which dimension of a layer's weight is that of its inputs; None if there is no such dimension."""
+        return 1
+
+    def rule_for(self, config: MaskConfig, name: str) -> Rule:
+        """Return how scores of an adapter become its mask here (see `rules.rule_for`)."""
+        return rule_for(config, name, self.mask_shape, self.input_dimension_of(self.get_base_layer()))
+
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
-        """Make a fraction of the weights, at least one, the budget of an adapter with scores; None: no budget."""
-        self._zeros.pop(adapter_name, None)
-        if sparsity is not None:
-            self._zeros[adapter_name] = budget_zeros(self.mask_shape.numel(), sparsity)
+        """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
+        rule = self._rules[adapter_name]
+        zeros = None if sparsity is None else budget_zeros(rule.units(self.mask_shape), sparsity)
+        self._rules[adapter_name] = dataclasses.replace(rule, zeros=zeros)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
-        return adapter_name in self._zeros
-
-    def binarize(self, adapter_name: str, scores: torch.Tensor, most: int | None = None) -> torch.Tensor:
-        """Return which scores of an adapter keep their weight, at most `most` not: bool, of the shape of `scores`."""
-        if (zeros := self._zeros.get(adapter_name)) is None:
-            return binarize_threshold(scores)
-        return binarize_topk(scores, zeros if most is None else min(zeros, most))
+        return adapter_name in self._rules and self._rules[adapter_name].zeros is not None
 
     def positions(self, adapter_name: str) -> torch.Tensor | None:
         """Return the positions of the weights that have a score in an adapter, or None if all have."""
@@ -163,10 +170,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             positions: where they belong, by default where the layer's own do.
             most: how many weights to switch off, if not the whole of a budget.
         """
-        kept = self.binarize(adapter_name, scores.detach(), most)
+        kept = self._rules[adapter_name].mask(scores.detach(), most)
         positions = self.positions(adapter_name) if positions is None else positions
         if positions is None:
-            return pack_bits(kept)
+            return pack_bits(per_weight(kept, self.mask_shape))
         off = positions.to(kept.device)[~kept].long()
         return bits_from_positions(off, self.mask_shape, kept=False)
 
@@ -219,7 +226,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
-        self._zeros.pop(adapter_name, None)
+        self._rules.pop(adapter_name, None)
         self._known_zeros.pop(adapter_name, None)
 
     # ---- merging ----
@@ -297,10 +304,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        # the threshold of a score a weight is what these functions have a fast path for
-        plain = positions is None and adapter_name not in self._zeros
-        mask = None if plain else self.binarize(adapter_name, scores.detach())
-        return scores, mask, positions
+        rule = self._rules[adapter_name]
+        mask = None
+        if positions is not None or not rule.plain:  # else these functions have a fast path
+            mask = (rule.mask_in_training if self.training else rule.mask)(scores.detach())
+        return rule.estimator(scores), mask, positions
 
     def masked_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """Return the base weight under the product of these adapters' masks; gradients reach their scores."""

@@ -25,6 +25,10 @@ class Linear(MaskLayer):
     The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
     """
 
+    @staticmethod
+    def input_dimension_of(base_layer: nn.Module) -> int | None:
+        return 0 if isinstance(base_layer, Conv1D) else 1
+
     @property
     def _transposed(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from peft_mask.candidates import candidate_count
 from peft_mask.config import MaskConfig
-from peft_mask.modules import stored_weights
+from peft_mask.modules import mask_layer_type, stored_weights
 from peft_mask.packing import index_dtype
 from peft_mask.stored import StoredWeight
 from peft_mask.targets import matched_modules, matched_parameters, resolve_targets
+from peft_mask.units import unit_shape
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,20 @@ def training_memory(
     if scores_optimizer not in known:
         raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
     state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
-    weights = [stored for name, m in matched_modules(model, config) for stored in stored_weights(m, name).values()]
-    weights += [StoredWeight(m, parameter) for _, m, parameter in matched_parameters(model, config)]
+    weights, dimensions = [], []
+    for name, m in matched_modules(model, config):
+        for stored in stored_weights(m, name).values():
+            weights.append(stored)
+            dimensions.append(mask_layer_type(m).input_dimension_of(m))
+    for _, m, parameter in matched_parameters(model, config):
+        weights.append(StoredWeight(m, parameter))
+        dimensions.append(None)
     scores = positions = transient = 0
-    for weight in weights:
+    for weight, dimension in zip(weights, dimensions, strict=True):
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
-        scores += numel if count is None else count
+        unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
+        scores += numel // math.prod(unit) if count is None else count
         positions += (count or 0) * index_dtype(numel).itemsize
         transient = max(transient, 2 * weight.value_bytes + (8 + 2 * weight.value_bytes // numel) * (count or 0))
     heads = [

@@ -14,6 +14,7 @@ from torch import nn
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.config import MaskConfig
+from peft_mask.head import draw_head
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.mixed import rows_of
 from peft_mask.modules import mask_layer_type
@@ -56,11 +57,19 @@ class MaskModel(ScoredAdapters):
                 peft_config.target_bytes,
                 fullest_sparsity(peft_config),
             )
+        if peft_config.head == "masked":
+            draw_head(self.model, peft_config.head_names, peft_config.head_seed)
         return peft_config
 
     def _check_new_adapter_config(self, config: MaskConfig) -> None:
         super()._check_new_adapter_config(config)
         for name, other in self.peft_config.items():
+            heads = [(adapter.head, adapter.head_seed) for adapter in (config, other)]
+            if heads[0] != heads[1] and any(head == "masked" for head, _ in heads):
+                raise ValueError(
+                    f"adapters of one model share a masked head, or train one each: '{name}' has head={heads[1][0]!r} "
+                    f"and head_seed={heads[1][1]}, the new one {heads[0][0]!r} and {heads[0][1]}."
+                )
             ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
             if other is not config and ours and theirs and ours != theirs:
                 # where a wrapper stands among those of its module is part of the names in the file

@@ -11,27 +11,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from peft_mask.coding import coded_size, decode_gaps, encode_gaps
 from peft_mask.fingerprint import Fingerprint
-from peft_mask.packing import (
-    bits_from_positions,
-    bits_shape,
-    count_zeros,
-    has_clean_padding,
-    kept_positions,
-    zero_positions,
-)
-from peft_mask.ranks import WrongBaseError, decode_ranks, encode_ranks
+from peft_mask.packing import bits_shape, count_zeros
+from peft_mask.payload import BITS, BLOCKS, GAPS, GROUPS, RANKS, STRUCTURED, read_payload, write_payload
 
-MAGIC, VERSION = b"PMSK", 1
-BITS, GAPS, RANKS = 0, 1, 2
+MAGIC = b"PMSK"
+CODECS = {1: (BITS, GAPS, RANKS), 2: (BLOCKS, GROUPS)}  # by version: a record has the first version that has its codec
+VERSION = max(CODECS)
 MAX_DIMENSIONS = 8
-MAX_BYTES = 1 << 31  # of bits, where no shape is expected: a few coded bytes may claim any number of weights
+# of bits, or of bools for a structured mask, if no shape is expected: a few coded bytes may claim any number of weights
+MAX_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Header:
         shape: shape of the mask.
         zeros: number of weights that are off.
         fingerprint: of the weight the mask was made for.
-        codec: 0 = bits, 1 = gaps, 2 = ranks; how the mask is stored, without meaning for the mask.
+        codec: 0 = bits, 1 = gaps, 2 = ranks, 3 = blocks, 4 = groups; how the mask is stored, without meaning for it.
     """
 
     shape: tuple[int, ...]
@@ -81,7 +73,7 @@ def longest_record(shape: Sequence[int]) -> int:
 
 
 def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, base: Tensor | None = None) -> Tensor:
-    """Write a mask as a record: packed bits, coded gaps or, against a base weight, coded ranks, whichever is shortest.
+    """Write a mask as a record, in the shortest way that there is for it (see `payload`).
 
     Args:
         bits: uint8 of shape `bits_shape(shape)`, padding bits zero; any device.
@@ -99,13 +91,9 @@ def write_record(bits: Tensor, shape: Sequence[int], fingerprint: Fingerprint, b
         raise ValueError(f"a mask has at most {MAX_DIMENSIONS} dimensions, got {_words(shape)}")
     bits = bits.cpu()
     zeros = count_zeros(bits, shape)
-    codec, payload = GAPS, encode_gaps(_rarer_positions(bits, shape, zeros), math.prod(shape))
-    if len(payload) >= bits.numel():
-        codec, payload = BITS, bits.numpy().tobytes()
-    if base is not None and zeros:
-        ranks = encode_ranks(zero_positions(bits, shape).numpy(), base)
-        codec, payload = min((codec, payload), (RANKS, ranks), key=lambda coded: len(coded[1]))
-    head = struct.pack("<4s4B", MAGIC, VERSION, codec, len(shape), fingerprint.precision)
+    codec, payload = write_payload(bits, shape, zeros, base)
+    version = next(version for version, codecs in CODECS.items() if codec in codecs)
+    head = struct.pack("<4s4B", MAGIC, version, codec, len(shape), fingerprint.precision)
     body = head + struct.pack(f"<{len(shape)}IQ", *shape, zeros) + fingerprint.values + payload
     return torch.frombuffer(bytearray(body + struct.pack("<I", zlib.crc32(body))), dtype=torch.uint8)
 
@@ -133,12 +121,11 @@ def read_record(data: Tensor, shape: Sequence[int] | None = None, base: Tensor |
         shape = base.shape
     if shape is not None and sizes != tuple(shape):
         raise ValueError(f"its shape is {_words(sizes)}, expected {_words(shape)}")
-    if shape is None and math.prod(bits_shape([max(size, 1) for size in sizes])) > MAX_BYTES:
+    claimed = [max(size, 1) for size in sizes]
+    taken = math.prod(claimed if header.codec in STRUCTURED else bits_shape(claimed))
+    if shape is None and taken > MAX_BYTES:
         raise ValueError(f"its shape is {_words(sizes)}, which is too large to be believed")
-    if header.codec == RANKS:
-        bits = _read_ranks(payload, sizes, zeros, base)
-    else:
-        bits = (_read_gaps if header.codec == GAPS else _read_bits)(payload, sizes, zeros)
+    bits = read_payload(header.codec, payload, sizes, zeros, base)
     return Record(**vars(header), bits=bits)
 
 
@@ -165,55 +152,12 @@ def _split(data: Tensor) -> tuple[Header, bytes]:
     if zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
         raise ValueError("its checksum is wrong: the file is damaged or cut short")
     version, codec, dimensions, precision = raw[4:8]
-    if version != VERSION or codec not in (BITS, GAPS, RANKS) or not 1 <= dimensions <= MAX_DIMENSIONS:
+    if codec not in CODECS.get(version, ()) or not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"its header is malformed: version {version}, codec {codec}, {dimensions} dimensions")
     *sizes, zeros = struct.unpack_from(f"<{dimensions}IQ", raw, 8)
     if zeros > math.prod(sizes):
         raise ValueError(f"it claims {zeros} zeros among {_words(sizes)} weights")
     return Header(tuple(sizes), zeros, Fingerprint(raw[start - 32 : start], precision), codec), raw[start:-4]
-
-
-def _read_bits(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
-    size = math.prod(bits_shape(shape))
-    if len(payload) != size:
-        raise ValueError(f"{_words(shape)} weights need {size} bytes of bits, it has {len(payload)}")
-    bits = torch.from_numpy(np.frombuffer(payload, np.uint8).copy()).view(bits_shape(shape))
-    if not has_clean_padding(bits, shape):
-        raise ValueError("its padding is not zero")
-    if count_zeros(bits, shape) != zeros:
-        raise ValueError(f"it claims {zeros} zeros, its bits have {count_zeros(bits, shape)}")
-    if coded_size(_rarer_positions(bits, shape, zeros), math.prod(shape)) < size:
-        raise ValueError("it is stored as bits, though gaps are shorter")
-    return bits
-
-
-def _read_gaps(payload: bytes, shape: Sequence[int], zeros: int) -> Tensor:
-    if len(payload) >= math.prod(bits_shape(shape)):
-        raise ValueError("it is stored as gaps, though bits are not longer")
-    weights, kept = math.prod(shape), _codes_kept(shape, zeros)
-    positions = decode_gaps(payload, weights - zeros if kept else zeros, weights)
-    return bits_from_positions(torch.from_numpy(positions), shape, kept=kept)
-
-
-def _read_ranks(payload: bytes, shape: Sequence[int], zeros: int, base: Tensor | None) -> Tensor:
-    if base is None:
-        raise WrongBaseError("it was coded against its base weight, which is not at hand")
-    positions = decode_ranks(payload, zeros, base)
-    bits = bits_from_positions(torch.from_numpy(positions), shape, kept=False)
-    rarer = _rarer_positions(bits, shape, zeros) if _codes_kept(shape, zeros) else positions
-    if len(payload) >= min(bits.numel(), coded_size(rarer, math.prod(shape))):
-        raise ValueError("it is stored as ranks, though gaps or bits are not longer")
-    return bits
-
-
-def _rarer_positions(bits: Tensor, shape: Sequence[int], zeros: int) -> NDArray[np.int64]:
-    find = kept_positions if _codes_kept(shape, zeros) else zero_positions
-    return find(bits, shape).numpy()
-
-
-def _codes_kept(shape: Sequence[int], zeros: int) -> bool:
-    """Whether gaps are between kept weights, which are then rarer than the zeros."""
-    return 2 * zeros > math.prod(shape)
 
 
 def _words(shape: Sequence[int]) -> str:

@@ -1,16 +1,16 @@
-"""Moving what an adapter with scores may switch off: its budget, and the weights that have a score."""
+"""What is set of an adapter with scores: its budget, the weights that have a score, and the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from peft_mask.budget import sparsity_for_bytes
 from peft_mask.config import MaskConfig
-from peft_mask.layer import MaskLayer
+from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.state import adapter_bytes
 
 
@@ -90,17 +90,59 @@ class ScoredAdapters(BaseTuner):
         """
         name = adapter_name or self._only_active()
         layers = dict(self._scored_layers(name))
-        if positions.keys() != layers.keys():
-            raise ValueError(
-                f"cannot set the candidates of '{name}': they are for other modules than it masks. "
-                f"Missing: {sorted(layers.keys() - positions.keys()) or 'none'}; "
-                f"not masked: {sorted(positions.keys() - layers.keys()) or 'none'}."
-            )
+        _check_modules(f"the candidates of '{name}'", positions, layers)
         changes = {
             module: layer.checked_candidates(name, positions[module], module) for module, layer in layers.items()
         }
         for module, layer in layers.items():
             layer.set_candidates(name, changes[module])
+
+    def set_scores(
+        self,
+        scores: Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor],
+        adapter_name: str | None = None,
+    ) -> None:
+        """Give an adapter other scores: where its training starts, if not where `init_weights` puts it.
+
+        Scores are relative to the threshold: with `"threshold"` a weight is off where its score is below zero, with
+        `"bernoulli"` a score is a log odds, with `"topk"` and `"n:m"` their order is what counts. Parameters stay the
+        same tensors. Do this before the model is sharded.
+
+        Args:
+            scores: for each masked module, by its name in the base model, its scores; or a function that computes them
+                from that name and the base weight. Floating tensors of the shape of the parameter, which is that
+                of the weight if every weight has a score; where only candidates have, of either shape.
+            adapter_name: which adapter, by default the active one.
+
+        Raises:
+            ValueError: if they are for other modules than are masked, of another shape, or not finite; nothing has
+                changed.
+
+        Example:
+            >>> import torch
+            >>> from peft import get_peft_model
+            >>> from peft_mask import MaskConfig
+            >>> config = MaskConfig(target_modules=["0"], binarizer="threshold", candidates=None)
+            >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+            >>> model.base_model.set_scores(lambda name, weight: weight)  # positive weights are kept
+            >>> layer = model.base_model.model[0]
+            >>> torch.equal(layer.mask("default"), layer.base_layer.weight >= 0)
+            True
+        """
+        name = adapter_name or self._only_active()
+        layers = dict(self._scored_layers(name))
+        if callable(scores):
+            given = {}
+            for module, layer in layers.items():
+                with onloaded(layer):
+                    given[module] = scores(module, layer.unmerged_weight().detach())
+        else:
+            given = dict(scores)
+        _check_modules(f"the scores of '{name}'", given, layers)
+        new = {module: _checked_scores(name, module, layer, given[module]) for module, layer in layers.items()}
+        with torch.no_grad():
+            for module, layer in layers.items():
+                layer.peft_mask_scores[name].copy_(new[module])
 
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:
@@ -126,6 +168,31 @@ class ScoredAdapters(BaseTuner):
                 f"the adapter '{adapter_name}' has no budget: its binarizer is "
                 f'{self.peft_config[adapter_name].binarizer!r}. Train it with binarizer="topk".'
             )
+
+
+def _check_modules(what: str, given: Mapping[str, Any], layers: Mapping[str, MaskLayer]) -> None:
+    if given.keys() != layers.keys():
+        raise ValueError(
+            f"cannot set {what}: they are for other modules than it masks. "
+            f"Missing: {sorted(layers.keys() - given.keys()) or 'none'}; "
+            f"not masked: {sorted(given.keys() - layers.keys()) or 'none'}."
+        )
+
+
+def _checked_scores(adapter_name: str, module: str, layer: MaskLayer, scores: torch.Tensor) -> torch.Tensor:
+    parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
+    scores = scores.detach()
+    shapes = [parameter.shape] if positions is None else [layer.mask_shape, parameter.shape]
+    if scores.shape not in shapes or not scores.is_floating_point():
+        raise ValueError(
+            f"cannot set the scores of '{module}': expected a floating tensor of shape "
+            f"{' or '.join(str(tuple(shape)) for shape in shapes)}, got {scores.dtype} of shape {tuple(scores.shape)}."
+        )
+    if not scores.isfinite().all():
+        raise ValueError(f"cannot set the scores of '{module}': {int((~scores.isfinite()).sum())} are not finite.")
+    if scores.shape == parameter.shape or positions is None:
+        return scores
+    return scores.take(positions.to(scores.device, torch.int64))
 
 
 def largest_sparsity(config: MaskConfig) -> float:

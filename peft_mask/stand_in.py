@@ -97,6 +97,10 @@ class ParamWrapper(_StandIn):
         self.parameter_name = parameter_name
         super().__init__(base_layer, adapter_name, config, name)
 
+    @staticmethod
+    def input_dimension_of(base_layer: nn.Module) -> int | None:
+        return None  # the parameter may have any layout
+
     @property
     def in_features(self) -> int:
         return self.mask_shape[-1]

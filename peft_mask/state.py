@@ -17,6 +17,8 @@ from peft_mask.budget import file_bytes
 from peft_mask.candidates import choose_candidates
 from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN
+from peft_mask.functional import per_weight
+from peft_mask.init import restart_margin
 from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.ranks import WrongBaseError
@@ -183,8 +185,8 @@ def state_from_records(
     if rebuilt:
         warnings.warn(
             f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
-            f"({config.init_margin:g}) above or below the threshold. Training goes on from the mask, but not as if it "
-            "had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
+            f"({restart_margin(config):g}) above or below the threshold. Training goes on from the mask, but not as if "
+            "it had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
             stacklevel=2,
         )
     for path, layer in layers.values():  # now that all masks are accepted, in place of room for their records
@@ -261,7 +263,18 @@ def rebuilt_scores(
             ) from error
         assert positions is not None
         mask = mask.reshape(-1)[positions.to(mask.device).long()]
-    return torch.where(mask, config.init_margin, -config.init_margin), positions
+    margin = restart_margin(config)
+    scores = torch.where(mask, margin, -margin)
+    if config.group is not None or config.structure != "weight":
+        rule = layer.rule_for(config, name)
+        scores = scores[tuple(slice(None, None, step) for step in rule.unit)]  # one of each block
+        if not torch.equal(per_weight(rule.mask(scores), mask.shape), mask):
+            field = f"pattern={config.pattern!r}" if config.group else f"structure={config.structure!r}"
+            raise ValueError(
+                f"cannot train the mask of '{name}' on: it is not of the kind that {field} in the adapter's "
+                "adapter_config.json says. Is it a combination of several?"
+            )
+    return scores, positions
 
 
 def _are_scores(value: torch.Tensor, parameter: torch.Tensor) -> bool:

@@ -10,27 +10,42 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask.config import MaskConfig
+from peft_mask.head import linear_layers
 from peft_mask.layer import MaskLayer
 from peft_mask.modules import mask_layer_type, stored_weights
+from peft_mask.options import TASKS_WITH_HEAD
 from peft_mask.stand_in import ParamWrapper
 from peft_mask.stored import StoredWeight
-
-_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+from peft_mask.units import check_groups, unit_shape
 
 
 def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     """Write into `config` which modules are masked, where it leaves that to us, and that a task head is trained."""
-    if config.task_type in _TASKS_WITH_HEAD:
-        missing = [name for name in head_modules(model) if name not in (config.modules_to_save or [])]
+    config.head_names = tuple(head_modules(model))
+    if config.structure == "head" and config.head_size is None:
+        config.head_size = attention_head_size(model)
+    if config.head == "masked":
+        if not config.head_names:
+            raise ValueError(f'head="masked": {type(model).__name__} has no task head outside its backbone.')
+        # PEFT adds the names that heads usually have
+        inside = [name for name, _ in model.named_modules() if config.is_in_head(name)]
+        config.modules_to_save = [
+            name for name in config.modules_to_save or [] if not any(part.endswith(name) for part in inside)
+        ]
+    elif config.task_type in TASKS_WITH_HEAD:
+        missing = [name for name in config.head_names if name not in (config.modules_to_save or [])]
         config.modules_to_save = [*(config.modules_to_save or []), *missing]
     if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
         config.target_modules = default_target_modules(model, config)
     _maybe_include_all_linear_layers(config, model)
     matched = {name for name, _ in matched_modules(model, config)}
+    if config.head == "masked":
+        pooler = f"{cast(PreTrainedModel, model).base_model_prefix}.pooler"
+        config.target_modules = matched = matched | linear_layers(model, (*config.head_names, pooler))
     if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in matched):
         # PEFT saves the dense embedding as well if it finds the bare name, or a pattern for it, among the targets
         config.target_modules = matched
@@ -84,7 +99,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
         if isinstance(base, nn.MultiheadAttention):
             _check_here(name, base)
         try:
-            mask_layer_type(base)
+            dimension = mask_layer_type(base).input_dimension_of(base)
         except ValueError as error:
             raise ValueError(
                 f"Target module '{name}' of type {type(base).__name__} is not supported: {error}. Leave it out of "
@@ -98,6 +113,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                     "first."
                 )
             shapes[part] = stored.shape
+            _check_units(part, stored.shape, dimension, config)
     for name, module, parameter_name in matched_parameters(model, config):
         if name in shapes or _is_masked_whole(module):
             raise ValueError(
@@ -115,7 +131,20 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                 "target_parameters."
             )
         shapes[f"{name}.{parameter_name}"] = stored.shape
+        _check_units(f"{name}.{parameter_name}", stored.shape, None, config)
     return shapes
+
+
+def _check_units(name: str, shape: torch.Size, dimension: int | None, config: MaskConfig) -> None:
+    try:
+        unit_shape(shape, config.structure, dimension, config.head_size)
+        if config.group is not None:
+            check_groups(shape, dimension, config.group[1])
+    except ValueError as error:
+        field = f"structure={config.structure!r}" if config.group is None else f"pattern={config.pattern!r}"
+        raise ValueError(
+            f"cannot mask '{name}' with {field}: {error}. Leave it out of target_modules, or choose another."
+        ) from error
 
 
 def _check_free(name: str, module: nn.Module) -> None:
@@ -161,6 +190,19 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def attention_head_size(model: nn.Module) -> int | None:
+    """Return the outputs of an attention head by the configuration of a transformers model; None if it says nothing."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return None
+    config = config.get_text_config()
+    for name in ("head_dim", "d_kv"):
+        if size := getattr(config, name, None):
+            return int(size)
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return width // heads if width and heads else None
 
 
 def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:

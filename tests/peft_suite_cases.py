@@ -10,6 +10,27 @@ CUSTOM = [
     ("mask lin0 lin1", "MLP", MaskConfig, {"target_modules": ["lin0", "lin1"], **SPARSE}),
     ("mask candidates", "MLP", MaskConfig, {"target_modules": ["lin0"], "target_sparsity": 0.2, "candidates": 0.5}),
     ("mask threshold", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "threshold", "candidates": None}),
+    ("mask sign", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "sign", "candidates": None}),
+    ("mask bernoulli", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "bernoulli", "candidates": None}),
+    (
+        "mask n:m",
+        "MLP",
+        MaskConfig,
+        {"target_modules": ["lin0"], "binarizer": "n:m", "pattern": "1:2", "candidates": None},
+    ),
+    (
+        "mask n:m Conv1D",
+        "EmbConv1D",
+        MaskConfig,
+        {"target_modules": ["conv1d"], "binarizer": "n:m", "pattern": "1:5", "candidates": None},
+    ),
+    ("mask rows", "MLP", MaskConfig, {"target_modules": ["lin0"], "structure": "row", **SPARSE}),
+    (
+        "mask columns Conv2d",
+        "Conv2d",
+        MaskConfig,
+        {"target_modules": ["conv2d"], "structure": "column", **SPARSE},
+    ),
     ("mask head", "MLP", MaskConfig, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], **SPARSE}),
     (
         "mask random",

@@ -8,6 +8,11 @@ from peft_mask import MaskConfig
 
 PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform", "init_sparsity": 0.05}
 
+ROW = {"structure": "row", "candidates": None}
+MASKED = {"head": "masked"}
+NM = {"binarizer": "n:m", "candidates": None}
+BERNOULLI = {"binarizer": "bernoulli"}
+
 
 @pytest.mark.parametrize(
     ("fields", "message"),
@@ -29,10 +34,35 @@ PAPER = {"binarizer": "threshold", "candidates": None, "init_weights": "uniform"
         ({"candidates": 1.5}, "candidates must be a finite number greater than 0 and at most 1, got 1.5"),
         ({"candidate_rule": "largest"}, r"candidate_rule must be one of \['magnitude', 'random'\]"),
         ({"scores_dtype": "int8"}, r"scores_dtype must be one of \['float32', 'bfloat16'\]"),
-        ({"structure": "rows"}, r"structure must be one of \['weight'\], got 'rows'"),
-        ({"binarizer": "treshold"}, r"binarizer must be one of \['topk', 'threshold'\], got 'treshold'"),
-        ({"init_weights": "unifrom"}, r"init_weights must be one of \['uniform'\], True or False, got 'unifrom'"),
+        ({"structure": "rows"}, r"structure must be one of \['weight', 'row', .*\], got 'rows'"),
+        (
+            {"structure": "row"},
+            "candidates=0.1 are single weights, which structure='row' does not have: set candidates",
+        ),
+        ({**NM, **ROW}, "binarizer=.n:m. is for structure=.weight., got 'row'"),
+        ({**ROW, "target_bytes": 1000}, "target_bytes=1000 is for structure=.weight., got 'row'"),
+        ({**ROW, "structure": "matrix"}, "structure=.matrix. has no meaning with binarizer=.topk"),
+        ({**ROW, "structure": "head"}, "structure=.head. needs target_modules: name the query, key and value"),
+        ({"head": "random"}, r"head must be one of \['trained', 'masked'\], got 'random'"),
+        ({**MASKED, "task_type": "TOKEN_CLS"}, "head=.masked. is for task_type=.SEQ_CLS. or none, got 'TOKEN_CLS'"),
+        ({"head_seed": None}, "head_seed must be a non-negative integer below 2.63, got None"),
+        ({"head_size": 0}, "head_size must be a positive integer or None, got 0"),
+        ({"binarizer": "treshold"}, r"binarizer must be one of \['topk', 'threshold', .*\], got 'treshold'"),
+        ({"init_weights": "unifrom"}, r"init_weights must be one of \['uniform', .*\], True or False, got 'unifrom'"),
         ({"init_weights": 1}, "init_weights must be one of"),
+        ({"pattern": "2:4"}, "pattern='2:4' needs binarizer=.n:m., got 'topk'"),
+        ({"binarizer": "n:m"}, "candidates=0.1 has no meaning with binarizer=.n:m.*set candidates=None"),
+        ({**NM, "pattern": "4:2"}, "pattern must be .N:M. with 0 < N < M <= 32, got '4:2'"),
+        ({**NM, "pattern": "2:64"}, "pattern must be .N:M. with 0 < N < M <= 32, got '2:64'"),
+        ({**NM, "pattern": [2, 4]}, "pattern must be .N:M. with 0 < N < M <= 32, got"),
+        ({**NM, "target_sparsity": 0.5}, "target_sparsity=0.5 needs binarizer=.topk.*the pattern says how many"),
+        ({**NM, "init_sparsity": 0.5}, "init_sparsity=0.5 has no meaning with binarizer=.n:m.*its pattern says"),
+        (
+            {**BERNOULLI, "init_weights": "magnitude"},
+            "init_weights='magnitude' has no meaning with binarizer=.bernoulli",
+        ),
+        ({**BERNOULLI, "init_sparsity": 0.5}, "init_sparsity must be less than 0.5 with binarizer=.bernoulli"),
+        ({"binarizer": "sign", "init_margin": 2.0}, "init_margin must be at most 1 with binarizer=.sign., got 2"),
         ({"bias": "all"}, 'bias must be "none", got .all.: a mask leaves the base model as it is'),
         ({"seed": -1}, r"seed must be a non-negative integer below 2\^63 or None, got -1"),
         ({"seed": 1.0}, r"seed must be a non-negative integer below 2\^63 or None, got 1.0"),

@@ -19,14 +19,19 @@ from peft_mask.layer import MaskLayer
 WORLD, STEPS = 2, 6
 
 
-def model():
+BUDGET = {"target_sparsity": 0.03}
+DRAWN = {"binarizer": "bernoulli", "init_sparsity": 0.3, "candidates": None}
+
+
+def model(fields):
     torch.manual_seed(0)  # in float64 no gradient is so close to zero that the order of a sum decides its sign
     mlp = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4)).double()
-    return get_peft_model(mlp, MaskConfig(target_modules=["0", "2"], target_sparsity=0.03))
+    return get_peft_model(mlp, MaskConfig(target_modules=["0", "2"], **fields))
 
 
-def train(model, rows):
-    optimizer = create_mask_optimizer(model)
+def train(model, rows, drawn=False):
+    # drawn masks follow from every bit of the scores, and processes sum gradients in another order than one does
+    optimizer = create_mask_optimizer(model, Rounded, mask_lr=0.5) if drawn else create_mask_optimizer(model)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
@@ -35,14 +40,24 @@ def train(model, rows):
         optimizer.zero_grad()
 
 
-def on_each_rank(rank, folder, kind):
+class Rounded(torch.optim.SGD):
+    """Gradient descent whose steps are a few sizes: the sign, or nothing for a small gradient."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.copy_(p.grad.sign() * (p.grad.abs() > 1e-9))
+        return super().step(closure)
+
+
+def on_each_rank(rank, folder, kind, fields):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
-        ours = model()
+        ours, drawn = model(fields), fields == DRAWN
         rows = slice(4 * rank, 4 * rank + 4)
         if kind == "ddp":
-            train(nn.parallel.DistributedDataParallel(ours), rows)
+            train(nn.parallel.DistributedDataParallel(ours), rows, drawn)
             state = None
         else:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -51,7 +66,7 @@ def on_each_rank(rank, folder, kind):
             for layer in [module for module in ours.modules() if isinstance(module, MaskLayer)]:
                 fully_shard(layer)
             fully_shard(ours)
-            train(ours, rows)
+            train(ours, rows, drawn)
             local = [p for name, p in ours.named_parameters() if "scores" in name]
             assert all(p.to_local().numel() < p.numel() for p in local)
             state = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -62,12 +77,13 @@ def on_each_rank(rank, folder, kind):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("fields", [BUDGET, DRAWN], ids=["topk", "bernoulli"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_processes_train_the_mask_that_one_trains(tmp_path, kind):
-    one = model()
-    train(one, slice(None))
+def test_processes_train_the_mask_that_one_trains(tmp_path, kind, fields):
+    one = model(fields)
+    train(one, slice(None), fields == DRAWN)
     one.save_pretrained(tmp_path / "one")
-    mp.spawn(on_each_rank, (str(tmp_path), kind), nprocs=WORLD)
+    mp.spawn(on_each_rank, (str(tmp_path), kind, fields), nprocs=WORLD)
     expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert any(int((~layer.mask("default")).sum()) for layer in one.modules() if isinstance(layer, MaskLayer))
     for rank in range(WORLD if kind == "ddp" else 1):

@@ -125,6 +125,30 @@ def test_lean_and_readable_twin_agree_in_value_and_every_gradient(
             torch.testing.assert_close(lean, readable)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("function", [masked_linear, masked_linear_reference])
+@pytest.mark.parametrize("shape", [(6, 1), (1, 8), (1, 1), (3, 1), (2, 4), (6, 8)])
+def test_a_score_of_a_block_masks_it_whole_and_gets_the_sum_of_its_gradients(shape, function, transposed):
+    x, weight, _, bias = make(inputs=8, outputs=6)
+    units = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    blocks = [length // count for length, count in zip(weight.shape, shape, strict=True)]
+    dense = units.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
+    (few, many), grads = leaves(units, dense), []
+    for scores, each in ((few, units), (many, dense)):
+        for mask in (None, each >= 0.1):
+            scores.grad = None
+            given = (
+                (weight.t(), scores.t(), None if mask is None else mask.t()) if transposed else (weight, scores, mask)
+            )
+            y = function(x, *given[:2], bias, given[2], transposed=transposed)
+            y.square().sum().backward()
+            grads.append((y.detach(), scores.grad))
+    for (y, grad), (y_dense, grad_dense) in zip(grads[:2], grads[2:], strict=True):
+        torch.testing.assert_close(y, y_dense)
+        summed = grad_dense.view(shape[0], blocks[0], shape[1], blocks[1]).sum((1, 3))
+        torch.testing.assert_close(grad, summed, rtol=1e-4, atol=1e-4)
+
+
 def test_a_trained_weight_gets_no_gradient_where_it_is_off():
     x, weight, scores, _ = make()
     (weight,) = leaves(weight)

@@ -301,7 +301,7 @@ def test_a_damaged_mask_is_named_with_its_file(copy):
 
 def test_a_mask_of_a_newer_format_asks_for_an_upgrade(copy):
     tensors = load_file(copy / FILE)
-    tensors["base_model.model.encoder.vector.peft_mask_bits"][4] = 2
+    tensors["base_model.model.encoder.vector.peft_mask_bits"][4] = 3
     save_file(tensors, copy / FILE)
     with pytest.raises(ValueError, match=r"'encoder.vector'.*newer peft_mask, please upgrade"):
         Masks.load(copy)

@@ -77,6 +77,9 @@ FIELDS = {
     "all weights": {"candidates": None, "target_sparsity": 0.3},
     "candidates": {"candidates": 0.5, "target_sparsity": 0.3},
     "threshold": {"candidates": None, "binarizer": "threshold", "init_sparsity": 0.3},
+    "sign": {"candidates": None, "binarizer": "sign", "init_sparsity": 0.3},
+    "bernoulli": {"candidates": 0.5, "binarizer": "bernoulli"},
+    "matrix": {"candidates": None, "binarizer": "threshold", "structure": "matrix", "init_sparsity": 0.3},
 }
 
 

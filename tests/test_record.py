@@ -1,16 +1,24 @@
 """Record files: golden bytes, one record for each mask, and a reader that refuses everything else."""
 
 import itertools
+import math
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from peft_mask import payload
+from peft_mask.blocks import blocks_from_one, one_a_block, unit_of
 from peft_mask.fingerprint import UNKNOWN, fingerprint_of
+from peft_mask.groups import decode_groups, encode_groups
 from peft_mask.packing import count_zeros, pack_bits, unpack_bits
-from peft_mask.record import BITS, GAPS, read_record, write_record
+from peft_mask.payload import BITS, BLOCKS, GAPS, GROUPS
+from peft_mask.record import frame_bytes, read_record, write_record
 from tests.golden.make import MASKS, fingerprint_for, record_for, weight_of
 from tests.independent_decoder import decode
 
@@ -131,7 +139,7 @@ def huge(*shape):
 REFUSED = {
     "foreign": (b"PK\3\4" + bytes(80), "it does not begin as a mask of peft_mask does"),
     "empty": (b"", "it does not begin as a mask of peft_mask does"),
-    "newer": (edited("vector", 4, b"\2"), "format version 2, written by a newer peft_mask, please upgrade peft_mask"),
+    "newer": (edited("vector", 4, b"\3"), "format version 3, written by a newer peft_mask, please upgrade peft_mask"),
     "version 0": (edited("vector", 4, b"\0"), "its header is malformed: version 0"),
     "codec": (edited("vector", 5, b"\3"), "its header is malformed: version 1, codec 3"),
     "no dimensions": (huge(), "its header is malformed: .* 0 dimensions"),
@@ -178,3 +186,115 @@ def test_records_of_another_dtype_or_shape_are_refused():
 def test_a_mask_of_nine_dimensions_is_not_written():
     with pytest.raises(ValueError, match="a mask has at most 8 dimensions, got 1x1x1x1x1x1x1x1x2"):
         write_record(torch.ones(1, 1, dtype=torch.uint8), [1] * 8 + [2], UNKNOWN)
+
+
+# ---- version 2: masks with structure ----
+
+STRUCTURED_MASKS = {
+    "rows": torch.rand(64, 1, generator=torch.Generator().manual_seed(0)).ge(0.2).expand(64, 30),
+    "columns": torch.rand(1, 40, generator=torch.Generator().manual_seed(1)).ge(0.5).expand(60, 40),
+    "heads": torch.tensor([True, False, True, True]).repeat_interleave(16).unsqueeze(1).expand(64, 30),
+    "filters": torch.rand(24, 1, 1, 1, generator=torch.Generator().manual_seed(2)).ge(0.5).expand(24, 3, 3, 3),
+    "2:4": torch.rand(20, 12, 4, generator=torch.Generator().manual_seed(3)).argsort(-1).lt(2).view(20, 48),
+    "2:4 along rows": torch.rand(20, 12, 4, generator=torch.Generator().manual_seed(4))
+    .argsort(-1)
+    .lt(2)
+    .view(20, 48)
+    .t(),
+    "3:5": torch.rand(30, 10, 5, generator=torch.Generator().manual_seed(5)).argsort(-1).lt(3).view(30, 50),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED_MASKS)
+class TestStructure:
+    def record(self, name):
+        mask = STRUCTURED_MASKS[name]
+        return write_record(pack_bits(mask), mask.shape, UNKNOWN)
+
+    def test_it_is_stored_at_one_bit_a_unit_and_comes_back(self, name):
+        mask, data = STRUCTURED_MASKS[name], self.record(name)
+        record = read_record(data, mask.shape)
+        assert torch.equal(unpack_bits(record.bits, mask.shape), mask)
+        assert data[4] == 2
+        assert record.codec == (GROUPS if ":" in name else BLOCKS)
+        units = {"rows": 64, "columns": 40, "heads": 4, "filters": 24, "2:4": 640, "2:4 along rows": 640, "3:5": 1000}
+        head = 3 if ":" in name else 4 * mask.dim() + 1
+        assert len(data) <= frame_bytes(mask.shape) + head + math.ceil(units[name] / 8)
+
+    def test_the_independent_decoder_agrees(self, name):
+        mask = STRUCTURED_MASKS[name]
+        assert decode(self.record(name).numpy().tobytes())[:2] == (tuple(mask.shape), mask.flatten().tolist())
+
+    def test_every_flipped_bit_under_a_right_checksum_is_refused_or_another_record(self, name):
+        data, shape = bytearray(self.record(name).numpy().tobytes()), STRUCTURED_MASKS[name].shape
+        for bit in range(8 * (len(data) - 4)):
+            data[bit // 8] ^= 1 << bit % 8
+            forged = tensor(sealed(bytes(data)))
+            data[bit // 8] ^= 1 << bit % 8
+            try:
+                record = read_record(forged, shape)
+            except ValueError:
+                continue
+            assert torch.equal(write_record(record.bits, record.shape, record.fingerprint), forged)
+
+    def test_every_truncation_and_extension_is_refused(self, name):
+        data = self.record(name).numpy().tobytes()
+        for cut in (*(sealed(data[: length + 4]) for length in range(len(data) - 4)), sealed(data + b"\0")):
+            with pytest.raises(ValueError, match=r"^it|^its|^the coded|coded bytes|weights need"):
+                read_record(tensor(cut), STRUCTURED_MASKS[name].shape)
+
+    def test_version_1_readers_are_told_to_upgrade_and_its_records_still_read(self, name, monkeypatch):
+        mask = STRUCTURED_MASKS[name]
+        monkeypatch.setattr(payload, "_structured", lambda *_: [])
+        old = write_record(pack_bits(mask), mask.shape, UNKNOWN)
+        monkeypatch.undo()
+        assert old[4] == 1
+        assert torch.equal(unpack_bits(read_record(old, mask.shape).bits, mask.shape), mask)
+        monkeypatch.setattr("peft_mask.record.VERSION", 1)
+        with pytest.raises(ValueError, match="it has format version 2, written by a newer peft_mask, please upgrade"):
+            read_record(self.record(name), mask.shape)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_codec_of_another_version_is_refused(version):
+    data = bytearray(write_record(pack_bits(STRUCTURED_MASKS["rows"]), (64, 30), UNKNOWN).numpy().tobytes())
+    data[4:6] = version, GAPS if version == 2 else BLOCKS
+    with pytest.raises(ValueError, match="its header is malformed: version"):
+        read_record(tensor(sealed(bytes(data))))
+
+
+def test_a_structured_record_of_no_expected_shape_may_not_claim_gigabytes():
+    data = bytearray(write_record(pack_bits(STRUCTURED_MASKS["rows"]), (64, 30), UNKNOWN).numpy().tobytes())
+    data[8:16] = struct.pack("<2I", 1 << 20, 1 << 12)
+    with pytest.raises(ValueError, match="its shape is 1048576x4096, which is too large to be believed"):
+        read_record(tensor(sealed(bytes(data))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_blocks_are_the_largest_and_restore_the_mask(small_shape, data):
+    unit = [data.draw(st.integers(1, 4)) for _ in small_shape]
+    small = np.array(
+        data.draw(st.lists(st.booleans(), min_size=math.prod(small_shape), max_size=math.prod(small_shape)))
+    )
+    mask = blocks_from_one(small.reshape(small_shape), unit)
+    found = unit_of(mask)
+    assert all(step % given == 0 for step, given in zip(found, unit, strict=True))
+    assert np.array_equal(blocks_from_one(one_a_block(mask, found), found), mask)
+    for axis, step in enumerate(found):  # no larger one would do
+        for larger in range(2 * step, mask.shape[axis] + 1, step):
+            if mask.shape[axis] % larger == 0:
+                wider = [*found[:axis], larger, *found[axis + 1 :]]
+                assert not np.array_equal(blocks_from_one(one_a_block(mask, wider), wider), mask)
+
+
+@pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (4, 8), (1, 16), (8, 16), (16, 32), (31, 32)])
+def test_groups_of_every_size_come_back_in_less_than_a_bit_a_weight(pattern):
+    kept, size = pattern
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 8, size, generator=generator).argsort(-1).lt(kept).view(3, -1).numpy()
+    coded = encode_groups(mask)
+    assert np.array_equal(decode_groups(coded, mask.shape), mask)
+    ways = math.comb(size, kept)
+    # at most 7 bits more than the least for all of them in one number, or 0.1 bit a weight more
+    assert 8 * (len(coded) - 3) <= max(24 * math.log2(ways) + 64, (math.log2(ways) / size + 0.1) * mask.size)

@@ -208,10 +208,10 @@ def test_a_flipped_bit_is_refused(adapter):
 
 def test_a_newer_format_is_refused(adapter):
     def change(tensors):
-        tensors[KEY][4] = 2
+        tensors[KEY][4] = 3
 
     edit(adapter, change)
-    with pytest.raises(ValueError, match=r"'0': it has format version 2, written by a newer peft_mask"):
+    with pytest.raises(ValueError, match=r"'0': it has format version 3, written by a newer peft_mask"):
         PeftModel.from_pretrained(mlp(), adapter)
 
 

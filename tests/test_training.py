@@ -126,24 +126,35 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("scores_dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, scores_dtype):
-    whole = masked_bert(scores_dtype=scores_dtype)
+RESUMED = {
+    "default": {},
+    "bfloat16": {"scores_dtype": "bfloat16"},
+    "sign": {"binarizer": "sign"},
+    "bernoulli": {"binarizer": "bernoulli", "init_sparsity": 0.499},
+    "n:m": {"binarizer": "n:m", "candidates": None},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, name):
+    fields = RESUMED[name]
+    whole = masked_bert(**fields)
     saving = {"save_strategy": "steps", "save_steps": 3}
     uninterrupted = trainer(whole, tmp_path / "a", MaskCallback(), **saving)
     uninterrupted.train()
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(masked_bert(scores_dtype=scores_dtype), tmp_path / "b", MaskCallback(), Interrupt(), **saving).train()
-    resumed = masked_bert(scores_dtype=scores_dtype)
+        trainer(masked_bert(**fields), tmp_path / "b", MaskCallback(), Interrupt(), **saving).train()
+    resumed = masked_bert(**fields)
     again = trainer(resumed, tmp_path / "b", MaskCallback(), **saving)
     again.train(resume_from_checkpoint=True)
 
     expected = scores(whole)
     assert expected
-    assert any((value < 0).any() for value in expected.values())
-    for name, value in scores(resumed).items():
-        assert torch.equal(value, expected[name]), name
+    if name != "sign":  # whose margins are longer than so few steps
+        assert any((value < 0).any() for value in expected.values())
+    for key, value in scores(resumed).items():
+        assert torch.equal(value, expected[key]), key
     for model, folder in ((whole, "whole"), (resumed, "resumed")):
         model.save_pretrained(tmp_path / folder)
     names = ["whole/adapter_model.safetensors", "resumed/adapter_model.safetensors"]
@@ -201,10 +212,11 @@ def test_checkpoints_hold_scores_and_the_final_adapter_does_not(tmp_path):
         assert sum(key.endswith("peft_mask_bits") for key in keys) == layers
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("fields", [{}, {"binarizer": "bernoulli"}, {"binarizer": "n:m", "candidates": None}])
+def test_gradient_checkpointing_gives_the_same_gradients(fields):
     gradients = []
     for enabled in (False, True):
-        model = masked_bert(init_weights=False, seed=0)
+        model = masked_bert(init_weights=False, seed=0, **fields)
         if enabled:
             base = model.base_model.model
             # the second is its name in older versions of transformers, where the default is another, and deprecated now

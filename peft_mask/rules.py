@@ -1,0 +1,85 @@
+"""How the scores of an adapter become its mask in one layer: what its configuration says, with what the layer knows."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from peft_mask.binarize import binarize_bernoulli, binarize_groups, binarize_threshold, binarize_topk, bounded
+from peft_mask.config import MaskConfig
+from peft_mask.options import Binarizer
+from peft_mask.units import unit_shape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A binarizer with its settings.
+
+    Attributes:
+        binarizer: as in `MaskConfig`.
+        zeros: how many scores `"topk"` switches off; None: no budget, all below the threshold are off.
+        group: N and M of `"n:m"`.
+        dimension: along which its groups lie.
+        key: what tells the draws of `"bernoulli"` apart from those of other layers and seeds.
+        unit: the block of the weight that one score governs.
+    """
+
+    binarizer: Binarizer
+    zeros: int | None = None
+    group: tuple[int, int] | None = None
+    dimension: int = -1
+    key: int = 0
+    unit: tuple[int, ...] = ()
+
+    def units(self, shape: torch.Size) -> int:
+        """Return how many scores a weight of this shape has, if all of it has some."""
+        return shape.numel() // math.prod(self.unit)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is `scores >= 0` also in training, for which there is a fast path."""
+        return self.zeros is None and self.binarizer not in ("bernoulli", "n:m")
+
+    def mask(self, scores: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Return what scores come to in evaluation and on saving: bool, of their shape, True for what is kept.
+
+        Args:
+            scores: the scores.
+            most: how many weights to switch off, if not the whole of a budget.
+        """
+        if self.zeros is not None:
+            units = self.zeros if most is None else min(self.zeros, most // math.prod(self.unit))
+            return binarize_topk(scores, units)
+        if self.group is not None:
+            return binarize_groups(scores, *self.group, self.dimension)
+        return binarize_threshold(scores)
+
+    def mask_in_training(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return what scores come to in a step of training: another mask if it is drawn, else the same."""
+        if self.binarizer == "bernoulli":
+            return binarize_bernoulli(scores, self.key)
+        return self.mask(scores)
+
+    def estimator(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as straight-through gradients are to reach them."""
+        return bounded(scores) if self.binarizer == "sign" else scores
+
+
+def rule_for(config: MaskConfig, name: str, shape: torch.Size, dimension: int | None) -> Rule:
+    """Return the rule of an adapter in one layer, without a budget yet.
+
+    Args:
+        config: the adapter's configuration.
+        name: path of the module.
+        shape: shape of the weight.
+        dimension: that of the weight's inputs; None if it has none, which `"n:m"` needs, and most structures.
+
+    Raises:
+        ValueError: if the weight has no such units as `structure` says; the bare reason.
+    """
+    unit = unit_shape(shape, config.structure, dimension, config.head_size)
+    key = zlib.crc32(f"{config.seed}/{name}".encode())
+    return Rule(config.binarizer, None, config.group, -1 if dimension is None else dimension, key, unit)
