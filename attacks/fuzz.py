@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import tempfile
@@ -24,7 +25,7 @@ from peft_mask import Masks, record
 from peft_mask.coding import BLOCK
 from peft_mask.fingerprint import fingerprint_of
 from peft_mask.mask_file import read_masks
-from peft_mask.packing import pack_bits
+from peft_mask.packing import pack_bits, unpack_bits
 
 SHAPES = ((40, 50), (30, 33), (7, 23), (1, 1), (0, 4), (200,), (4, 3, 5, 5), (64, 64), (3, 1000))
 SPARSITIES = (0.0, 0.004, 0.03, 0.3, 0.5, 0.97, 1.0)
@@ -137,7 +138,8 @@ def _try_record(random: Random, good: list[Good], findings: Findings) -> str | N
     finally:
         findings.worst = max(findings.worst, tracemalloc.get_traced_memory()[1] - before)
     against = base if read.codec == record.RANKS else None
-    again = record.write_record(read.bits, read.shape, read.fingerprint, against)
+    bits = pack_bits(unpack_bits(read.bits, read.shape))  # of the weights alone, whatever stands in the padding
+    again = record.write_record(bits, read.shape, read.fingerprint, against)
     if not torch.equal(again, given):
         raise AssertionError("accepted, but it is not the record of its mask")
     return None
@@ -259,7 +261,7 @@ def recode(random: Random, data: bytes, good: object = None) -> bytes:
 
 
 def other_codec(random: Random, data: bytes, good: object = None) -> bytes:
-    """Write the mask of a good portable record as bits, whether or not these are shorter, perhaps with padding set."""
+    """Write the mask of a good portable record as bits, whether these are shorter or not, perhaps with padding set."""
     try:
         read = record.read_record(as_tensor(data))
     except ValueError:
@@ -267,7 +269,10 @@ def other_codec(random: Random, data: bytes, good: object = None) -> bytes:
     bits = read.bits.numpy().copy()
     if bits.size and random.random() < 0.3:
         bits[random.randrange(len(bits)), -1] |= 0x80
-    return data[:5] + b"\0" + data[6 : 48 + 4 * data[6]] + bits.tobytes() + bytes(4)
+    start, zeros = 8 + 4 * data[6], data[8 + 4 * data[6] : 16 + 4 * data[6]]
+    if random.random() < 0.5:  # as many as the bits say, padding included
+        zeros = struct.pack("<Q", (math.prod(read.shape) - int(np.unpackbits(bits).sum())) % 2**64)
+    return data[:5] + b"\0" + data[6:start] + zeros + data[start + 8 : start + 40] + bits.tobytes() + bytes(4)
 
 
 def gaps_with_widths(gaps: np.ndarray, widths: list[int], before: int) -> bytes:
