@@ -46,7 +46,7 @@ def wheel(folder, epoch="1600000000"):
 
 @builds
 def test_the_wheel_holds_the_package_and_its_metadata(tmp_path):
-    ours = {f"peft_mask/{path.name}" for path in (ROOT / "peft_mask").iterdir() if path.suffix in (".py", ".typed")}
+    ours = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.typed") for path in (ROOT / "peft_mask").rglob(kind)}
     info = f"peft_mask-{peft_mask.__version__}.dist-info"
     metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     file = wheel(tmp_path)
@@ -75,7 +75,7 @@ def test_the_package_unpickles_and_executes_nothing():
         "compile",
         "open_code",
     }
-    for path in (ROOT / "peft_mask").glob("*.py"):
+    for path in (ROOT / "peft_mask").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
