@@ -263,6 +263,16 @@ def test_a_codec_of_another_version_is_refused(version):
         read_record(tensor(sealed(bytes(data))))
 
 
+def test_blocks_that_are_not_the_largest_are_refused():
+    mask = STRUCTURED_MASKS["heads"]  # blocks of 16 rows, here told in blocks of 8
+    good = write_record(pack_bits(mask), mask.shape, UNKNOWN).numpy().tobytes()
+    small = mask[::8, :1].contiguous()
+    codec, coded = payload._plain(pack_bits(small), small.shape, int((~small).sum()))
+    forged = good[: 48 + 4 * 2] + struct.pack("<2IB", 8, 30, codec) + coded + bytes(4)
+    with pytest.raises(ValueError, match="it is not stored in the shortest way"):
+        read_record(tensor(sealed(forged)), mask.shape)
+
+
 def test_a_structured_record_of_no_expected_shape_may_not_claim_gigabytes():
     data = bytearray(write_record(pack_bits(STRUCTURED_MASKS["rows"]), (64, 30), UNKNOWN).numpy().tobytes())
     data[8:16] = struct.pack("<2I", 1 << 20, 1 << 12)
