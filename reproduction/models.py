@@ -20,7 +20,7 @@ from peft_mask import MaskConfig
 def paper(model: nn.Module, task_type: str) -> nn.Module:
     # With a seed of its own: the head of another task takes other random numbers, and the same seed would start from
     # other masks.
-    return get_peft_model(model, MaskConfig.paper(task_type=task_type, seed=torch.initial_seed()))
+    return get_peft_model(model, MaskConfig.paper(task_type=task_type, head="trained", seed=torch.initial_seed()))
 
 
 # name -> method and the one rate it is trained with here. That of full fine-tuning is what dev chose for both tasks in
@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[Method, float]] = {
     "full": (METHODS["full"], 3e-4),  # type: ignore[dict-item]
     "mask": (METHODS["mask"], 5e-4),  # type: ignore[dict-item]
     "paper": (
-        Method("paper", f"MaskConfig.paper(), AdamW; {HEAD_NOTE}", paper, mask_adamw, (1e-3,)),
+        Method("paper", f"MaskConfig.paper(head='trained'), AdamW; {HEAD_NOTE}", paper, mask_adamw, (1e-3,)),
         1e-3,
     ),
 }

@@ -1,6 +1,7 @@
 """Settings every test runs under: no hub, few threads, the same examples every time."""
 
 import os
+from collections.abc import Iterator
 
 # Read by huggingface_hub, datasets and tokenizers when they are imported, so before anything else here.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     """A test's random numbers depend neither on the order of the tests nor on which of them are run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """Commands change how this process computes; other tests must not depend on whether one ran before."""
+    yield
+    torch.set_flush_denormal(False)

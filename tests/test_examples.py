@@ -153,13 +153,6 @@ def few_sentences(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(tasks, "DATA", folder)
 
 
-@pytest.fixture(autouse=True)
-def _denormals():
-    """The demo changes how this process computes; other tests must not depend on whether it ran before."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 def test_demo_trains_reports_and_serves(tiny_bert, few_sentences, tmp_path, capsys, monkeypatch):
     # Two steps switch nothing off. With masks that start at random the comparisons are of something.
     monkeypatch.setattr(

@@ -79,7 +79,6 @@ FIELDS = {
     "threshold": {"candidates": None, "binarizer": "threshold", "init_sparsity": 0.3},
     "sign": {"candidates": None, "binarizer": "sign", "init_sparsity": 0.3},
     "bernoulli": {"candidates": 0.5, "binarizer": "bernoulli"},
-    "matrix": {"candidates": None, "binarizer": "threshold", "structure": "matrix", "init_sparsity": 0.3},
 }
 
 
@@ -132,6 +131,29 @@ def test_forward_and_gradients_are_those_of_the_base_layer_with_the_masked_weigh
         if (positions := layer.positions("default")) is not None:
             gradient = gradient[positions.long()]
         torch.testing.assert_close(layer.peft_mask_scores["default"].grad.reshape(-1), gradient)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_score_may_govern_a_whole_matrix(name):
+    base, x = case(name)
+    target = TARGETS.get(name, {"target_modules": ["0"]})
+    model = get_peft_model(
+        copy.deepcopy(base), MaskConfig(**target, binarizer="threshold", candidates=None, structure="matrix")
+    )
+    plain, written = with_masks_written(base, model)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    layers = masked_layers(model).values()
+    for layer, parameter in zip(layers, written, strict=True):
+        scores = layer.peft_mask_scores["default"]
+        torch.testing.assert_close(scores.grad.sum(), (parameter.grad * layer.unmerged_weight()).sum())
+        assert scores.numel() == 1
+        scores.data.neg_()
+    without, _ = with_masks_written(base, model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), without(x))
+        assert not torch.equal(without(x), base(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
