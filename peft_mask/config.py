@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig
 
@@ -103,7 +103,6 @@ class MaskConfig(PeftConfig):
         trainable_token_indices: tokens whose embeddings are trained and saved whole beside the masks, as in LoRA.
         ensure_weight_tying: keep an embedding in `modules_to_save` and the output head tied to it one weight, as
             in LoRA. Masks of tied weights are refused either way.
-        bias: accepted for symmetry with `LoraConfig`: only `"none"`, as the base model has to come back unchanged.
         seed: seed of everything random in the adapter; the same on every machine. By default the global torch
             generator, as in the rest of PEFT.
         check_base: refuse to load the adapter on another base model than it was trained on.
@@ -146,7 +145,6 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embeddings are trained."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Tie saved modules that are tied in the base."})
-    bias: Literal["none"] = field(default="none", metadata={"help": "Without effect; biases are not trained."})
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})

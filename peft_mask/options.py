@@ -87,11 +87,6 @@ def check_options(config: Any) -> None:
         isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
     ):
         raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
-    if config.bias != "none":
-        raise ValueError(
-            f'bias must be "none", got {config.bias!r}: a mask leaves the base model as it is, and biases are part '
-            "of it. Modules to train whole are named in modules_to_save."
-        )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 

@@ -63,7 +63,6 @@ BERNOULLI = {"binarizer": "bernoulli"}
         ),
         ({**BERNOULLI, "init_sparsity": 0.5}, "init_sparsity must be less than 0.5 with binarizer=.bernoulli"),
         ({"binarizer": "sign", "init_margin": 2.0}, "init_margin must be at most 1 with binarizer=.sign., got 2"),
-        ({"bias": "all"}, 'bias must be "none", got .all.: a mask leaves the base model as it is'),
         ({"seed": -1}, r"seed must be a non-negative integer below 2\^63 or None, got -1"),
         ({"seed": 1.0}, r"seed must be a non-negative integer below 2\^63 or None, got 1.0"),
         ({"target_parameters": "experts"}, "target_parameters must be a list of names or None, got 'experts'"),
