@@ -11,7 +11,13 @@ CUSTOM = [
     ("mask candidates", "MLP", MaskConfig, {"target_modules": ["lin0"], "target_sparsity": 0.2, "candidates": 0.5}),
     ("mask threshold", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "threshold", "candidates": None}),
     ("mask sign", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "sign", "candidates": None}),
-    ("mask bernoulli", "MLP", MaskConfig, {"target_modules": ["lin0"], "binarizer": "bernoulli", "candidates": None}),
+    (
+        "mask bernoulli",
+        "MLP",
+        MaskConfig,
+        # as likely off as kept: a few steps decide otherwise
+        {"target_modules": ["lin0"], "binarizer": "bernoulli", "candidates": None, "init_sparsity": 0.4999},
+    ),
     (
         "mask n:m",
         "MLP",
