@@ -11,6 +11,22 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 
 
+def may_have_blocks(positions: NDArray[np.int64], shape: Sequence[int]) -> bool:
+    """Return whether a mask may have blocks of more than one weight, by a look at few of its weights.
+
+    Args:
+        positions: of the weights of one value, row-major and ascending, at least one.
+        shape: shape of the mask.
+
+    Returns:
+        False only if `unit_of` would be all ones: the first of these weights is the first of its block, and no neighbor
+        of it, in any dimension, has its value.
+    """
+    neighbors = positions[0] + [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    found = positions[np.searchsorted(positions, neighbors).clip(max=len(positions) - 1)]
+    return bool((found == neighbors).any())
+
+
 def unit_of(mask: Mask) -> tuple[int, ...]:
     """Return the largest block, aligned to its own size, in each of which a mask has one value.
 

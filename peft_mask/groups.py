@@ -20,6 +20,11 @@ _HEAD = struct.Struct("<3B")  # dimension, N, M
 Mask = NDArray[np.bool_]
 
 
+def may_have_groups(kept: int, weights: int) -> bool:
+    """Return whether a mask of which so many weights are kept may keep N of each M: some M makes N a whole number."""
+    return any(kept * size % weights == 0 for size in range(2, LARGEST_GROUP + 1))
+
+
 def encode_groups(mask: Mask) -> bytes | None:
     """Code a mask that keeps N of each M consecutive weights along some dimension; None if it is no such mask.
 

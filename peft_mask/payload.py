@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peft_mask.blocks import blocks_from_one, one_a_block, unit_of
+from peft_mask.blocks import blocks_from_one, may_have_blocks, one_a_block, unit_of
 from peft_mask.coding import coded_size, decode_gaps, encode_gaps
-from peft_mask.groups import decode_groups, encode_groups
+from peft_mask.groups import decode_groups, encode_groups, may_have_groups
 from peft_mask.packing import (
     bits_from_positions,
     bits_shape,
@@ -43,7 +43,10 @@ def write_payload(bits: Tensor, shape: Sequence[int], zeros: int, base: Tensor |
         zeros: number of weights that are off.
         base: the weight to code against, with values; None for what is read without it.
     """
-    ways = [_plain(bits, shape, zeros), *_structured(bits, shape, zeros)]
+    rarer = _rarer_positions(bits, shape, zeros)
+    ways = [_plain(bits, shape, rarer)]
+    if 0 < zeros < math.prod(shape):
+        ways += _structured(bits, shape, zeros, rarer)
     if base is not None and zeros:
         ways.append((RANKS, encode_ranks(zero_positions(bits, shape).numpy(), base)))
     return min(ways, key=lambda way: (len(way[1]), way[0]))
@@ -66,22 +69,23 @@ def read_payload(codec: int, payload: bytes, shape: Sequence[int], zeros: int, b
     return _read_plain(codec, payload, shape, zeros)
 
 
-def _plain(bits: Tensor, shape: Sequence[int], zeros: int) -> tuple[int, bytes]:
-    payload = encode_gaps(_rarer_positions(bits, shape, zeros), math.prod(shape))
+def _plain(bits: Tensor, shape: Sequence[int], rarer: NDArray[np.int64]) -> tuple[int, bytes]:
+    payload = encode_gaps(rarer, math.prod(shape))
     return (GAPS, payload) if len(payload) < bits.numel() else (BITS, bits.numpy().tobytes())
 
 
-def _structured(bits: Tensor, shape: Sequence[int], zeros: int) -> list[tuple[int, bytes]]:
-    if zeros in (0, math.prod(shape)):
+def _structured(bits: Tensor, shape: Sequence[int], zeros: int, rarer: NDArray[np.int64]) -> list[tuple[int, bytes]]:
+    # nearly no mask of single weights comes past these two, and unpacking it would be a third of the work
+    blocks, groups = may_have_blocks(rarer, shape), may_have_groups(math.prod(shape) - zeros, math.prod(shape))
+    if not blocks and not groups:
         return []
-    mask = unpack_bits(bits, shape).numpy()
-    ways = []
-    unit = unit_of(mask)
-    if (size := math.prod(unit)) > 1:
+    mask, ways = unpack_bits(bits, shape).numpy(), []
+    if blocks and (size := math.prod(unit := unit_of(mask))) > 1:
         small = torch.from_numpy(np.ascontiguousarray(one_a_block(mask, unit)))
-        codec, payload = _plain(pack_bits(small), small.shape, zeros // size)
+        packed = pack_bits(small)
+        codec, payload = _plain(packed, small.shape, _rarer_positions(packed, small.shape, zeros // size))
         ways.append((BLOCKS, struct.pack(f"<{len(unit)}IB", *unit, codec) + payload))
-    if (payload_of_groups := encode_groups(mask)) is not None:
+    if groups and (payload_of_groups := encode_groups(mask)) is not None:
         ways.append((GROUPS, payload_of_groups))
     return ways
 

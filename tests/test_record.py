@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_mask import payload
-from peft_mask.blocks import blocks_from_one, one_a_block, unit_of
+from peft_mask.blocks import blocks_from_one, may_have_blocks, one_a_block, unit_of
 from peft_mask.fingerprint import UNKNOWN, fingerprint_of
-from peft_mask.groups import decode_groups, encode_groups
+from peft_mask.groups import decode_groups, encode_groups, may_have_groups
 from peft_mask.packing import count_zeros, pack_bits, unpack_bits
 from peft_mask.payload import BITS, BLOCKS, GAPS, GROUPS
 from peft_mask.record import frame_bytes, read_record, write_record
@@ -262,7 +262,8 @@ def test_blocks_that_are_not_the_largest_are_refused():
     mask = STRUCTURED_MASKS["heads"]  # blocks of 16 rows, here told in blocks of 8
     good = write_record(pack_bits(mask), mask.shape, UNKNOWN).numpy().tobytes()
     small = mask[::8, :1].contiguous()
-    codec, coded = payload._plain(pack_bits(small), small.shape, int((~small).sum()))
+    bits, zeros = pack_bits(small), int((~small).sum())
+    codec, coded = payload._plain(bits, small.shape, payload._rarer_positions(bits, small.shape, zeros))
     forged = good[: 48 + 4 * 2] + struct.pack("<2IB", 8, 30, codec) + coded + bytes(4)
     with pytest.raises(ValueError, match="it is not stored in the shortest way"):
         read_record(tensor(sealed(forged)), mask.shape)
@@ -284,6 +285,8 @@ def test_blocks_are_the_largest_and_restore_the_mask(small_shape, data):
     )
     mask = blocks_from_one(small.reshape(small_shape), unit)
     found = unit_of(mask)
+    for positions in (np.flatnonzero(mask), np.flatnonzero(~mask)):
+        assert not len(positions) or may_have_blocks(positions, mask.shape) or math.prod(found) == 1
     assert all(step % given == 0 for step, given in zip(found, unit, strict=True))
     assert np.array_equal(blocks_from_one(one_a_block(mask, found), found), mask)
     for axis, step in enumerate(found):  # no larger one would do
@@ -291,6 +294,14 @@ def test_blocks_are_the_largest_and_restore_the_mask(small_shape, data):
             if mask.shape[axis] % larger == 0:
                 wider = [*found[:axis], larger, *found[axis + 1 :]]
                 assert not np.array_equal(blocks_from_one(one_a_block(mask, wider), wider), mask)
+
+
+def test_masks_of_single_weights_are_not_looked_at_for_structure():
+    mask = np.ones((64, 64), bool)
+    mask[10, 3] = mask[40, 50] = False
+    assert not may_have_blocks(np.flatnonzero(~mask), mask.shape)
+    assert not may_have_groups(int(mask.sum()), mask.size)
+    assert may_have_groups(mask.size * 31 // 32, mask.size)
 
 
 @pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (4, 8), (1, 16), (8, 16), (16, 32), (31, 32)])
