@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
+
+from peft_mask.packing import index_dtype, zero_positions
 
 
 class BitsDict(BufferDict):
@@ -26,6 +29,7 @@ class BitsDict(BufferDict):
         super().__init__(persistent=True)
         self._awaited: dict[str, str] = {}  # adapter name -> name of the module
         self._receivers: dict[str, Callable[[Tensor], None]] = {}
+        self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
 
     def wait_for(self, adapter_name: str, module_name: str) -> None:
         """Add an adapter that has no mask before `fill`; the module's name is for messages."""
@@ -52,6 +56,21 @@ class BitsDict(BufferDict):
         else:
             self[adapter_name].copy_(bits)
 
+    def zero_positions(self, adapter_name: str, shape: Sequence[int]) -> Tensor:
+        """Return where an adapter's mask of this shape is off: row-major positions, int32 wherever these reach.
+
+        Finding them takes longer than the switch they are for, so they are kept: 4 bytes a weight that is off. They are
+        found anew when the bits are another tensor or were written to since.
+        """
+        bits = self[adapter_name]
+        known = self._known_zeros.get(adapter_name)
+        if known is not None and known[0] is bits and known[1] == bits._version:
+            return known[2]
+        positions = zero_positions(bits, shape).to(index_dtype(math.prod(shape)))
+        if not bits.is_inference():  # such tensors have no version
+            self._known_zeros[adapter_name] = (bits, bits._version, positions)
+        return positions
+
     def close(self, adapter_name: str) -> None:
         """Remove the room for the record of an adapter with scores, if there is any."""
         if adapter_name in self._receivers:
@@ -76,6 +95,7 @@ class BitsDict(BufferDict):
 
     def __delitem__(self, adapter_name: str) -> None:
         self._forget(adapter_name)
+        self._known_zeros.pop(adapter_name, None)
         super().__delitem__(adapter_name)
 
     def __getattr__(self, name: str) -> Any:

@@ -62,6 +62,33 @@ def by_preference(preference: torch.Tensor, count: int, include: torch.Tensor | 
     return lowest(preference.neg(), count).nonzero().squeeze(1).to(index_dtype(preference.numel()))
 
 
+def checked_positions(positions: torch.Tensor, count: int, numel: int, name: str) -> torch.Tensor:
+    """Return positions given as candidates, int64, ascending.
+
+    Args:
+        positions: integers, any shape.
+        count: how many there have to be.
+        numel: number of weights.
+        name: of the module, for the message.
+
+    Raises:
+        ValueError: if they cannot be its candidates; the message names the module.
+    """
+    new = positions.detach().reshape(-1).long().unique()
+    if positions.is_floating_point() or len(new) != count or not ((new >= 0) & (new < numel)).all():
+        raise ValueError(
+            f"cannot set the candidates of '{name}': expected {count} distinct integers from 0 to {numel - 1}, got "
+            f"{len(new)} distinct values of dtype {positions.dtype} from shape {tuple(positions.shape)}."
+        )
+    return new
+
+
+def moved_scores(scores: torch.Tensor, current: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Return the scores of new candidates: those they have at their `current` positions, zero where they have none."""
+    where = torch.searchsorted(current, new).clamp(max=len(current) - 1)
+    return torch.where(current[where] == new, scores[where], 0)
+
+
 def seeded(config: MaskConfig, name: str) -> torch.Generator | None:
     """Return a CPU generator for what is random in one module; None, the global one, if the adapter has no seed."""
     if config.seed is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -13,17 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import nn
 
 from peft_mask.bits import BitsDict
-from peft_mask.budget import budget_zeros
-from peft_mask.candidates import choose_candidates
+from peft_mask.candidates import checked_positions, choose_candidates, moved_scores
 from peft_mask.config import MaskConfig
 from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.functional import apply_mask, masked_weight, per_weight
+from peft_mask.functional import apply_mask, masked_weight
 from peft_mask.init import initial_scores
-from peft_mask.packing import bits_from_positions, index_dtype, pack_bits, unpack_bits, zero_positions
+from peft_mask.packing import unpack_bits, zero_positions
+from peft_mask.rows import BASE, forward_rows
 from peft_mask.rules import Rule, rule_for
 from peft_mask.stored import Displaced, StoredWeight
-
-BASE = "__base__"  # PEFT's word for no adapter, in a batch of several
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -50,7 +47,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
         self._stashes: list[Displaced] = []  # one a merge
-        self._known_zeros: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}  # see `_zero_positions`
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
         self._active_adapter = adapter_name
@@ -113,11 +109,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Return how scores of an adapter become its mask here (see `rules.rule_for`)."""
         return rule_for(config, name, self.mask_shape, self.input_dimension_of(self.get_base_layer()))
 
+    def rule(self, adapter_name: str) -> Rule:
+        """Return how the scores of an adapter become its mask."""
+        return self._rules[adapter_name]
+
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
-        rule = self._rules[adapter_name]
-        zeros = None if sparsity is None else budget_zeros(rule.units(self.mask_shape), sparsity)
-        self._rules[adapter_name] = dataclasses.replace(rule, zeros=zeros)
+        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
@@ -137,45 +135,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """
         if (current := self.positions(adapter_name)) is None:
             raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig for a choice.")
-        numel = self.mask_shape.numel()
-        new = positions.detach().reshape(-1).long().unique()
-        if positions.is_floating_point() or len(new) != len(current) or not ((new >= 0) & (new < numel)).all():
-            raise ValueError(
-                f"cannot set the candidates of '{name}': expected {len(current)} distinct integers from 0 to "
-                f"{numel - 1}, got {len(new)} distinct values of dtype {positions.dtype} from shape "
-                f"{tuple(positions.shape)}."
-            )
-        return new.to(current)
+        return checked_positions(positions, len(current), self.mask_shape.numel(), name).to(current)
 
     @torch.no_grad()
     def set_candidates(self, adapter_name: str, positions: torch.Tensor) -> None:
         """Give an adapter's scores to the weights at `positions` (see `checked_candidates`), in the same tensors."""
         current, scores = self.peft_mask_positions[adapter_name], self.peft_mask_scores[adapter_name]
-        where = torch.searchsorted(current, positions).clamp(max=len(current) - 1)
-        scores.copy_(torch.where(current[where] == positions, scores[where], 0))
+        scores.copy_(moved_scores(scores, current, positions))
         current.copy_(positions)
-
-    def bits_of_scores(
-        self,
-        adapter_name: str,
-        scores: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        most: int | None = None,
-    ) -> torch.Tensor:
-        """Return what scores of an adapter come to, as packed bits of the weight's shape.
-
-        Args:
-            adapter_name: which adapter.
-            scores: its scores now, or those of a checkpoint or of all shards.
-            positions: where they belong, by default where the layer's own do.
-            most: how many weights to switch off, if not the whole of a budget.
-        """
-        kept = self._rules[adapter_name].mask(scores.detach(), most)
-        positions = self.positions(adapter_name) if positions is None else positions
-        if positions is None:
-            return pack_bits(per_weight(kept, self.mask_shape))
-        off = positions.to(kept.device)[~kept].long()
-        return bits_from_positions(off, self.mask_shape, kept=False)
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
@@ -205,29 +172,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "
                 f"contain {int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
             )
-        return self.bits_of_scores(adapter_name, scores)
+        return self.rule(adapter_name).packed_mask(scores, self.mask_shape, self.positions(adapter_name))
 
     def _zero_positions(self, adapter_name: str) -> torch.Tensor:
-        """Return where the adapter's mask is off: row-major positions, int32 wherever these reach.
-
-        Finding them takes longer than the switch they are for, so those of packed masks are kept: 4 bytes a weight that
-        is off. They are found anew when the bits are another tensor or were written to since.
-        """
+        """Return where the adapter's mask is off: row-major positions, int32 wherever these reach."""
         bits = self.packed_mask(adapter_name)
-        known = self._known_zeros.get(adapter_name)
-        if known is not None and known[0] is bits and known[1] == bits._version:
-            return known[2]
-        shape = self.mask_shape
-        positions = zero_positions(bits, shape).to(index_dtype(shape.numel()))
-        if adapter_name in self.peft_mask_bits and not bits.is_inference():  # such tensors have no version
-            self._known_zeros[adapter_name] = (bits, bits._version, positions)
-        return positions
+        if adapter_name in self.peft_mask_bits:
+            return self.peft_mask_bits.zero_positions(adapter_name, self.mask_shape)
+        return zero_positions(bits, self.mask_shape)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
         self._rules.pop(adapter_name, None)
-        self._known_zeros.pop(adapter_name, None)
 
     # ---- merging ----
 
@@ -304,7 +261,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        rule = self._rules[adapter_name]
+        rule = self.rule(adapter_name)
         mask = None
         if positions is not None or not rule.plain:  # else these functions have a fast path
             mask = (rule.mask_in_training if self.training else rule.mask)(scores.detach())
@@ -323,25 +280,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         """Forward each row of the batch under its own adapter; rows of one adapter together."""
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         available = self._get_available_adapters()
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            rows.setdefault(name if name in available else BASE, []).append(row)
-        outputs = [
-            self.base_layer(x[indices]) if name == BASE else self._forward_under([name], x[indices])
-            for name, indices in rows.items()
-        ]
-        order = torch.tensor([row for indices in rows.values() for row in indices], device=x.device)
-        return torch.cat(outputs)[order.argsort()]
+
+        def forward(name: str, rows: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(rows) if name == BASE else self._forward_under([name], rows)
+
+        return forward_rows(x, [name if name in available else BASE for name in adapter_names], forward)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters:

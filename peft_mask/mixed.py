@@ -9,7 +9,8 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_mask.layer import BASE, MaskLayer
+from peft_mask.layer import MaskLayer
+from peft_mask.rows import BASE
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from peft_mask.binarize import binarize_bernoulli, binarize_groups, binarize_threshold, binarize_topk, bounded
+from peft_mask.budget import budget_zeros
 from peft_mask.config import MaskConfig
+from peft_mask.functional import per_weight
 from peft_mask.options import Binarizer
+from peft_mask.packing import bits_from_positions, pack_bits
 from peft_mask.units import unit_shape
 
 
@@ -38,6 +42,11 @@ class Rule:
         """Return how many scores a weight of this shape has, if all of it has some."""
         return shape.numel() // math.prod(self.unit)
 
+    def with_sparsity(self, sparsity: float | None, shape: torch.Size) -> Rule:
+        """Return the rule with a budget: a fraction of the scores of a weight, at least one; None: no budget."""
+        zeros = None if sparsity is None else budget_zeros(self.units(shape), sparsity)
+        return dataclasses.replace(self, zeros=zeros)
+
     @property
     def plain(self) -> bool:
         """Whether the mask is `scores >= 0` also in training, for which there is a fast path."""
@@ -56,6 +65,22 @@ class Rule:
         if self.group is not None:
             return binarize_groups(scores, *self.group, self.dimension)
         return binarize_threshold(scores)
+
+    def packed_mask(
+        self, scores: torch.Tensor, shape: torch.Size, positions: torch.Tensor | None = None, most: int | None = None
+    ) -> torch.Tensor:
+        """Return what scores come to as packed bits, uint8 of shape (rows, ceil(columns / 8)).
+
+        Args:
+            scores: the scores of a layer, of a checkpoint or of all shards.
+            shape: shape of the weight.
+            positions: of the candidates whose scores they are, or None if every weight or unit has one.
+            most: how many weights to switch off, if not the whole of a budget.
+        """
+        kept = self.mask(scores.detach(), most)
+        if positions is None:
+            return pack_bits(per_weight(kept, shape))
+        return bits_from_positions(positions.to(kept.device)[~kept].long(), shape, kept=False)
 
     def mask_in_training(self, scores: torch.Tensor) -> torch.Tensor:
         """Return what scores come to in a step of training: another mask if it is drawn, else the same."""

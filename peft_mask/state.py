@@ -83,8 +83,11 @@ def records_of_adapter(
                 f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
-        bits = state_dict[bits_key] if scores is None else layer.bits_of_scores(adapter_name, scores)
         shape = layer.mask_shape
+        if scores is None:
+            bits = state_dict[bits_key]
+        else:
+            bits = layer.rule(adapter_name).packed_mask(scores, shape, layer.positions(adapter_name))
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
             tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
@@ -170,7 +173,7 @@ def state_from_records(
             value = scores[name]
             off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
             if not _are_scores(value, parameter) or not torch.equal(
-                layer.bits_of_scores(adapter_name, value, positions, most=off), bits
+                layer.rule(adapter_name).packed_mask(value, layer.mask_shape, positions, most=off), bits
             ):
                 raise ValueError(
                     f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "

@@ -188,7 +188,7 @@ def test_bernoulli_is_masked_linear_3_in_training_and_deterministic_in_evaluatio
     model, layer = ours(linear, scores, binarizer="bernoulli")
     ours_in_training, upstream = model(x), torch.randn(5, 12)
     ours_in_training.backward(upstream)
-    rule = layer._rules["default"]
+    rule = layer.rule("default")
     theirs = scores.clone().requires_grad_()
     mask = OfficialBinarizer3.apply(theirs, uniform_like(scores, rule.key))
     assert 0.1 < mask.mean() < 0.9

@@ -63,7 +63,7 @@ def test_a_share_is_spent_of_adapters_with_a_budget_and_the_budget_stays():
 
 
 def budget(model):
-    return sum(module._rules["default"].zeros for module in model.modules() if isinstance(module, MaskLayer))
+    return sum(module.rule("default").zeros for module in model.modules() if isinstance(module, MaskLayer))
 
 
 class Watch(TrainerCallback):
