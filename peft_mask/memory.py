@@ -88,16 +88,14 @@ def training_memory(
     if scores_optimizer not in known:
         raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
     state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
-    weights, dimensions = [], []
-    for name, m in matched_modules(model, config):
-        for stored in stored_weights(m, name).values():
-            weights.append(stored)
-            dimensions.append(mask_layer_type(m).input_dimension_of(m))
-    for _, m, parameter in matched_parameters(model, config):
-        weights.append(StoredWeight(m, parameter))
-        dimensions.append(None)
+    weights: list[tuple[StoredWeight, int | None]] = [
+        (stored, mask_layer_type(m).input_dimension_of(m))
+        for name, m in matched_modules(model, config)
+        for stored in stored_weights(m, name).values()
+    ]
+    weights += [(StoredWeight(m, parameter), None) for _, m, parameter in matched_parameters(model, config)]
     scores = positions = transient = 0
-    for weight, dimension in zip(weights, dimensions, strict=True):
+    for weight, dimension in weights:
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
         unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
@@ -108,7 +106,7 @@ def training_memory(
         m for name, m in model.named_modules() if name and name.rpartition(".")[2] in (config.modules_to_save or [])
     ]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, [weight.parameter for weight in weights])
+    kept = _saved_sizes(model, inputs, [weight.parameter for weight, _ in weights])
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,
