@@ -1,12 +1,14 @@
 """Budgets that grow: the share that schedules allow, and that training keeps to it."""
 
+import json
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, spend_budget
+from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, keep_scores, spend_budget
 from peft_mask.layer import MaskLayer
 from peft_mask.state import adapter_bytes
 from tests.test_training import STEPS, masked_bert, trainer
@@ -64,6 +66,27 @@ def test_a_share_is_spent_of_adapters_with_a_budget_and_the_budget_stays():
 
 def budget(model):
     return sum(module.rule("default").zeros for module in model.modules() if isinstance(module, MaskLayer))
+
+
+@pytest.mark.parametrize(("sparsity", "fits"), [(0.1, False), (0.2, True), (0.3, True)])
+def test_scores_come_back_beside_a_mask_of_less_than_their_budget_and_not_of_more(tmp_path, sparsity, fits):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(20, 10))
+
+    model = get_peft_model(base(), MaskConfig(target_modules=["0"], target_sparsity=0.2, candidates=None))
+    with torch.no_grad():
+        model.base_model.model[0].peft_mask_scores["default"].uniform_(-2, -1)
+    keep_scores(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_sparsity": sparsity}))
+    if fits:
+        loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+        assert zeros(loaded) == [round(200 * sparsity)]
+    else:
+        with pytest.raises(ValueError, match="cannot load the scores of '0': they do not belong to the mask beside"):
+            PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
 
 
 class Watch(TrainerCallback):
