@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # halves the work
 PIP := $(RUN) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
+# empty, that is off: without bytecode from the first import each process would compile transformers and torch anew
+export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
