@@ -44,6 +44,10 @@ MASKS = {
     "mask, scores in bfloat16, steps in the backward pass": ({"scores_dtype": "bfloat16"}, "sign_in_backward"),
     "mask, AdamW": ({}, "adamw"),
     "mask, all weights, bfloat16": ({"candidates": None, "scores_dtype": "bfloat16"}, "sign"),
+    "mask, all weights, bfloat16, steps in the backward pass": (
+        {"candidates": None, "scores_dtype": "bfloat16"},
+        "sign_in_backward",
+    ),
     "mask, all weights, AdamW": ({"candidates": None}, "adamw"),
 }
 

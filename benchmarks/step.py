@@ -6,9 +6,8 @@ python -m benchmarks.step [--rounds 15]
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from benchmarks.harness import in_turn, peak_bytes, report, table
-from peft_mask import MaskConfig, create_mask_optimizer, training_memory
+from peft_mask import MaskConfig, SignAdamW, create_mask_optimizer, training_memory
 
 # name -> (shape of the model, rows and word pieces of a batch)
 MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -76,16 +75,26 @@ def base_model(shape: dict[str, Any]) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**shape, num_labels=6))
 
 
-MASKS = {
-    "mask": MaskConfig(task_type="SEQ_CLS"),
-    "mask, scores in bfloat16": MaskConfig(task_type="SEQ_CLS", scores_dtype="bfloat16"),
-    "mask, all weights, bfloat16": MaskConfig(task_type="SEQ_CLS", candidates=None, scores_dtype="bfloat16"),
-    "mask, all weights, threshold, AdamW": MaskConfig(task_type="SEQ_CLS", binarizer="threshold", candidates=None),
+# name -> (fields of the configuration, optimizer of the scores by the names of `training_memory`)
+MASKS: dict[str, tuple[dict[str, Any], str]] = {
+    "mask": ({}, "sign"),
+    "mask, scores in bfloat16": ({"scores_dtype": "bfloat16"}, "sign"),
+    "mask, scores in bfloat16, steps in the backward pass": ({"scores_dtype": "bfloat16"}, "sign_in_backward"),
+    "mask, all weights, bfloat16": ({"candidates": None, "scores_dtype": "bfloat16"}, "sign"),
+    "mask, all weights, bfloat16, steps in the backward pass": (
+        {"candidates": None, "scores_dtype": "bfloat16"},
+        "sign_in_backward",
+    ),
+    "mask, all weights, threshold, AdamW": ({"candidates": None, "binarizer": "threshold"}, "adamw"),
 }
 
 
-def mask(name: str) -> Callable[[dict[str, Any]], nn.Module]:
-    return lambda shape: get_peft_model(base_model(shape), copy.deepcopy(MASKS[name]))
+def mask_config(variant: str) -> MaskConfig:
+    return MaskConfig(task_type="SEQ_CLS", **MASKS[variant][0])
+
+
+def mask(variant: str) -> Callable[[dict[str, Any]], nn.Module]:
+    return lambda shape: get_peft_model(base_model(shape), mask_config(variant))
 
 
 def full(shape: dict[str, Any]) -> nn.Module:
@@ -117,12 +126,12 @@ VARIANTS: dict[str, Build] = {
 }
 
 
-def make_step(model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
-    """Return a function that does one optimizer step on fixed random rows."""
+def make_step(variant: str, model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
+    """Return a function that does one optimizer step of a model made for `variant`, on fixed random rows."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, batch, generator=generator)
     labels = torch.randint(6, (batch[0],), generator=generator)
-    optimizer = make_optimizer(model.train())
+    optimizer = make_optimizer(variant, model.train())
 
     def step() -> None:
         model(input_ids=ids, labels=labels).loss.backward()
@@ -132,17 +141,20 @@ def make_step(model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
     return step
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    if any("peft_mask_scores" in name for name, _ in model.named_parameters()):
-        return create_mask_optimizer(model)
+def make_optimizer(variant: str, model: nn.Module) -> torch.optim.Optimizer:
+    if variant in MASKS:
+        optimizer = create_mask_optimizer(model)
+        if MASKS[variant][1] == "sign_in_backward":
+            cast(SignAdamW, optimizer).step_in_backward()
+        return optimizer
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def peak_of_training(build: Build, shape: dict[str, Any], batch: tuple[int, int]) -> int:
+def peak_of_training(variant: str, shape: dict[str, Any], batch: tuple[int, int]) -> int:
     """Peak bytes of tensors from making the model to the end of its second step."""
 
     def run() -> None:
-        step = make_step(build(shape), batch)
+        step = make_step(variant, VARIANTS[variant](shape), batch)
         step()
         step()
 
@@ -156,9 +168,7 @@ def estimated_bytes(shape: dict[str, Any], batch: tuple[int, int], variant: str)
     with torch.device("meta"):
         model = base_model(shape).train()
         inputs = {"input_ids": torch.zeros(batch, dtype=torch.long), "labels": torch.zeros(batch[0], dtype=torch.long)}
-    config = MASKS[variant]
-    optimizer = "sign" if config.binarizer == "topk" else "adamw"
-    return training_memory(model, config, inputs, optimizer).total
+    return training_memory(model, mask_config(variant), inputs, MASKS[variant][1]).total
 
 
 def _in_mb(size: int | None) -> str:
@@ -173,12 +183,12 @@ def main() -> None:
     rows, figures = [], {}
     for name in args.models:
         shape, batch = MODELS[name]
-        steps = {variant: make_step(build(shape), batch) for variant, build in VARIANTS.items()}
+        steps = {variant: make_step(variant, build(shape), batch) for variant, build in VARIANTS.items()}
         times = in_turn(steps, args.rounds, warmup=2)
         del steps
-        for variant, build in VARIANTS.items():
+        for variant in VARIANTS:
             ratio = times[variant].ratio(times["full fine-tuning"])
-            peak = peak_of_training(build, shape, batch)
+            peak = peak_of_training(variant, shape, batch)
             figures[f"{name}/{variant}"] = {"seconds": times[variant].seconds, "peak_bytes": peak}
             spread = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
             estimate = estimated_bytes(shape, batch, variant)

@@ -66,7 +66,7 @@ def test_the_official_way_computes_what_the_mask_computes():
 def test_every_variant_of_the_step_trains_what_it_says(variant):
     model = step.VARIANTS[variant](TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    take_step = step.make_step(model, (2, 4))
+    take_step = step.make_step(variant, model, (2, 4))
     take_step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     expected = {
@@ -77,6 +77,15 @@ def test_every_variant_of_the_step_trains_what_it_says(variant):
     }[variant]
     assert changed
     assert all(expected(name) for name in changed)
+
+
+def test_steps_in_the_backward_pass_need_no_step_of_the_optimizer():
+    for variant, moves in (("mask", False), ("mask, scores in bfloat16, steps in the backward pass", True)):
+        model = step.VARIANTS[variant](TINY)
+        step.make_optimizer(variant, model)
+        scores = next(p for name, p in model.named_parameters() if "peft_mask_scores" in name)
+        model(input_ids=torch.arange(8).view(2, 4), labels=torch.tensor([0, 1])).loss.backward()
+        assert (scores.grad is None) == moves == bool(scores.any())
 
 
 def test_the_switch_benchmark_switches_and_restores(tmp_path, monkeypatch):
