@@ -127,7 +127,7 @@ def round_stochastically(
     """
     dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     noise = torch.randint(1 << dropped, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    bits = values.contiguous().view(torch.int32) + noise
     # adding noise below the bits that are kept carries into them with the probability of the part that is dropped
-    rounded = (bits >> dropped << dropped).view(torch.float32)
+    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-1 << dropped)
+    rounded = bits.view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(dtype)
