@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_mask.binarize import binarize_threshold, threshold_of
+from peft_mask.packing import pack_bits, unpack_bits
 
 
 def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -98,6 +99,15 @@ def _score_gradient(
     return grad.to(scores.dtype).mul_(weight)
 
 
+def _to_bits(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """What of a mask is kept for the backward pass: an eighth of it."""
+    return None if mask is None else pack_bits(mask.reshape(-1))
+
+
+def _from_bits(bits: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+    return None if bits is None else unpack_bits(bits, (shape.numel(),)).view(shape)
+
+
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,13 +117,14 @@ class _MaskedWeight(torch.autograd.Function):
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scores, mask, positions)
+        ctx.save_for_backward(weight, scores, _to_bits(mask), positions)
         return _masked(weight, scores, mask, positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, scores, mask, positions = ctx.saved_tensors
+        weight, scores, bits, positions = ctx.saved_tensors
+        mask = _from_bits(bits, scores.shape)
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
         grad_weight = _masked(grad, scores, mask, positions) if needs_weight else None
         grad_scores = _score_gradient(grad.clone(), weight, scores, positions) if needs_scores else None
@@ -159,7 +170,7 @@ class _MaskedLinear(torch.autograd.Function):
         positions: torch.Tensor | None,
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, scores, mask, positions)
+        ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions)
         ctx.transposed = transposed
         masked = _masked(weight, scores, mask, positions)
         return F.linear(x, masked.t() if transposed else masked, bias)
@@ -167,7 +178,8 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, scores, mask, positions = ctx.saved_tensors
+        x, weight, scores, bits, positions = ctx.saved_tensors
+        mask = _from_bits(bits, scores.shape)
         needs_x, needs_weight, needs_scores, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_scores = grad_bias = None
@@ -200,8 +212,8 @@ def masked_linear(
     """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, by default with `M = scores >= 0`.
 
     Equal to `masked_linear_reference` in value and gradients, but nothing of the weight's size is kept for the backward
-    pass: `x`, `weight` and `scores` are saved by reference and `W * M` is formed again. With `positions` only the
-    scores' gradient is ever stored; `(dL/dy)^T x` lives as long as this layer's backward.
+    pass: `x`, `weight` and `scores` are saved by reference, `mask` in bits, and `W * M` is formed again. With
+    `positions` only the scores' gradient is ever stored; `(dL/dy)^T x` lives as long as this layer's backward.
 
         dL/dx      = dL/dy (W * M)
         dL/dscores = (dL/dy)^T x * W          (straight-through: also where the weight is off)

@@ -29,7 +29,8 @@ class TrainingMemory:
         scores: scores and the positions of their weights.
         gradients: of scores and head.
         optimizer: what the optimizer remembers of scores and head.
-        activations: what autograd keeps for the backward pass.
+        activations: what autograd keeps for the backward pass, the masks among it: a bit for each score, unless each is
+            compared with the threshold anew.
         transient: W * M, `(dL/dy)^T x` and indices of the largest layer, the only ones of its size at any time, and the
             gradients of the largest activation and its neighbor.
     """
@@ -94,12 +95,15 @@ def training_memory(
         for stored in stored_weights(m, name).values()
     ]
     weights += [(StoredWeight(m, parameter), None) for _, m, parameter in matched_parameters(model, config)]
-    scores = positions = transient = 0
+    compared = config.candidates is None and config.binarizer in ("threshold", "sign")
+    scores = positions = masks = transient = 0
     for weight, dimension in weights:
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
         unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
-        scores += numel // math.prod(unit) if count is None else count
+        own = numel // math.prod(unit) if count is None else count
+        scores += own
+        masks += 0 if compared else math.ceil(own / 8)
         positions += (count or 0) * index_dtype(numel).itemsize
         transient = max(transient, 2 * weight.value_bytes + (8 + 2 * weight.value_bytes // numel) * (count or 0))
     heads = [
@@ -112,7 +116,7 @@ def training_memory(
         scores=itemsize * scores + positions,
         gradients=gradients * itemsize * scores + 4 * head,
         optimizer=state * scores + 8 * head,
-        activations=sum(kept),
+        activations=sum(kept) + masks,
         transient=transient + 2 * max(kept, default=0),
     )
 

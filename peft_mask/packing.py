@@ -49,7 +49,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     tensor([[5]], dtype=torch.uint8)
     """
     matrix = mask.reshape(_matrix(mask.shape))
-    if mask.device.type == "cpu":
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(np.packbits(matrix.numpy(), axis=1, bitorder="little"))
     return _pack_on_device(matrix)
 
@@ -191,11 +191,15 @@ def _bit_values(device: torch.device) -> Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
+# Eight bools, read as one word, are its bits 0, 8, ..., 56. Multiplying by this word puts the first at bit 56, the
+# second at 57, and so on, and no two products meet at one bit, so that nothing is carried into the highest byte.
+_GATHER = 0x0102040810204080
+
+
 def _pack_on_device(matrix: Tensor) -> Tensor:
-    rows, cols = matrix.shape
-    row_bytes = (cols + 7) // 8
-    padded = torch.nn.functional.pad(matrix.view(torch.uint8), (0, 8 * row_bytes - cols))
-    return (padded.view(rows, row_bytes, 8) * _bit_values(matrix.device)).sum(-1, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 8))
+    words = padded.reshape(-1).view(torch.int64)
+    return (words * _GATHER >> 56).to(torch.uint8).view(bits_shape(matrix.shape))
 
 
 def _mask_of_byte(device: torch.device) -> Tensor:

@@ -42,7 +42,8 @@ def test_every_part_is_counted(device):
     assert memory.scores == (4 + 4) * weights // 4
     assert memory.gradients == 4 * weights // 4
     assert memory.optimizer == 0
-    assert memory.activations == 4 * 10 * (8 + 16), "the input, and what ReLU and the second layer share"
+    values = 4 * 10 * (8 + 16)  # the input, and what ReLU and the second layer share
+    assert memory.activations == values + weights // 4 // 8, "with the masks of the candidates"
     assert memory.transient == 2 * 4 * 128 + 16 * 32 + 2 * 4 * 10 * 16
     assert memory.total == sum(vars(memory).values())
     assert str(memory).endswith("total 0 MiB")
@@ -62,6 +63,17 @@ def test_dtypes_optimizers_and_dense_scores_change_what_they_should():
     assert memory("adamw", candidates=None, scores_dtype="bfloat16").optimizer == 4 * 192
     assert memory(candidates=None).gradients == 4 * 192
     assert memory("sign_in_backward", candidates=None).gradients == 0
+    values = 4 * 10 * (8 + 16)
+    assert memory(candidates=None).activations == values + 192 // 8
+    assert memory(candidates=None, binarizer="threshold").activations == values, "each score is compared again"
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"candidates": None, "binarizer": "threshold"}])
+def test_masks_are_counted_where_autograd_keeps_them(fields):
+    inputs = {"x": torch.zeros(10, 8)}
+    expected = training_memory(Named(), MaskConfig(**CONFIG, **fields), inputs).activations
+    model = get_peft_model(Named(), MaskConfig(**CONFIG, **fields))
+    assert saved_bytes(model, inputs) == expected
 
 
 def test_an_unknown_optimizer_is_refused():
