@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from benchmarks import long
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import probe, report, runs, tasks, training
 from benchmarks.accuracy.methods import METHODS
@@ -254,6 +255,20 @@ def test_a_run_can_be_watched(setting: Setting) -> None:
     first = training.untrained(TASKS["trec"], method, 0, setting).classifier.weight
     assert torch.equal(seen[0][1], first), "before the first step"
     assert all(not torch.equal(a, b) for (_, a), (_, b) in pairwise(seen)), "after each"
+
+
+def test_a_long_training_is_followed_along_the_way(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(long, "MARKS", (1, 3, 5))
+    options = ["--data", setting.data, "--model", setting.model, "--results", tmp_path / "long", "--steps", STEPS]
+    long.main([str(option) for option in options])
+    (file,) = (tmp_path / "long").iterdir()
+    result = json.loads(file.read_text("utf-8"))
+    assert file.name == "trec-mask-0.0005-3.json"
+    assert list(result["along"]) == ["1", "3"]
+    assert result["along"]["3"] == result["dev"], "scoring on the way changes nothing"
+    assert f"| {100 * result['dev']:.1f} |" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Long trainings: accuracy on development data along the way, of one seed.
+
+python -m benchmarks.long --data FOLDER [--task trec] [--method mask] [--lr 5e-4] [--steps 10000]
+python -m benchmarks.long                      # the table of the results at hand
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.accuracy.__main__ import minilm
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import environment
+from benchmarks.accuracy.tasks import TASKS, Task
+from benchmarks.accuracy.training import Method, Setting, accuracy, train
+from benchmarks.harness import RESULTS, table
+
+MARKS = (100, 150, 300, 600, 1000, 1500, *range(2000, 10001, 1000))
+
+
+def follow(task: Task, method: Method, lr: float, steps: int, setting: Setting) -> dict[str, Any]:
+    """Train once with seed 0, the rate decaying over all `steps`, and score dev at each of `MARKS`; test is not read."""
+    dev = setting.rows(task, "dev")
+    along: dict[int, float] = {}
+
+    def watch(step: int, model: nn.Module) -> None:
+        if step in MARKS:
+            along[step] = accuracy(model, dev)
+            model.train()
+
+    figures = train(task, method, lr, 0, steps, setting, watch=watch)
+    run = {"task": task.name, "method": method.name, "lr": lr, "steps": steps}
+    return {**run, "along": along, **figures, "environment": environment()}
+
+
+def long_table(folder: Path) -> str:
+    """Return a table of all results in `folder`, a row a training."""
+    results = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    marks = [mark for mark in MARKS if any(str(mark) in result["along"] for result in results)]
+    rows = []
+    for result in results:
+        dev = [f"{100 * result['along'][str(mark)]:.1f}" if str(mark) in result["along"] else "" for mark in marks]
+        rows.append((*(result[name] for name in ("task", "method", "lr", "steps")), *dev, f"{result['loss']:.1g}"))
+    return table(("task", "method", "lr", "of steps", *marks, "last loss"), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with one folder a task")
+    parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--results", type=Path, default=RESULTS / "long", help="one JSON file a training")
+    parser.add_argument("--task", choices=TASKS, default="trec")
+    parser.add_argument("--method", choices=[name for name, row in METHODS.items() if isinstance(row, Method)])
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    if options.data is not None:
+        torch.set_num_threads(options.threads)
+        transformers.logging.set_verbosity_error()
+        setting = Setting(options.data, options.model or minilm(), progress=lambda line: print(line, flush=True))
+        method = METHODS[options.method or "mask"]
+        assert isinstance(method, Method)
+        result = follow(TASKS[options.task], method, options.lr, options.steps, setting)
+        options.results.mkdir(parents=True, exist_ok=True)
+        file = options.results / f"{options.task}-{method.name}-{options.lr:g}-{options.steps}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(long_table(options.results))
+
+
+if __name__ == "__main__":
+    main()
