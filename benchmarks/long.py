@@ -27,7 +27,7 @@ MARKS = (100, 150, 300, 600, 1000, 1500, *range(2000, 10001, 1000))
 
 
 def follow(task: Task, method: Method, lr: float, steps: int, setting: Setting) -> dict[str, Any]:
-    """Train once with seed 0, the rate decaying over all `steps`, and score dev at each of `MARKS`; test is not read."""
+    """Train once with seed 0, the rate falling to 0 over `steps`, and score dev at each of `MARKS`, never test."""
     dev = setting.rows(task, "dev")
     along: dict[int, float] = {}
 
