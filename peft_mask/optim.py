@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,9 @@ class SignAdamW(torch.optim.AdamW):
     makes it right on average. The random numbers depend on the number of the step alone, so that they are the same on
     every process and after a resume.
 
+    A step whose gradients are not all finite is no step: nothing changes, of no parameter, and a warning says so. After
+    one NaN, AdamW's parameters would be NaN for ever, and a mask has no value for a score that is NaN.
+
     Args:
         params: parameters or groups, as for AdamW; groups may hold `"sign": True`.
         **kwargs: as for AdamW.
@@ -34,11 +38,26 @@ class SignAdamW(torch.optim.AdamW):
     Their shrinking is ours (docs/experiments.md).
     """
 
+    _norms_in_backward: tuple[torch.Tensor, ...] = ()  # of gradients that are gone by the time of `step`
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        # With `fused=True` torch's kernel would unscale for itself what a gradient scaler hands it, and sign steps not.
+        self._step_supports_amp_scaling = False
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._has_finite_gradients():
+            warnings.warn(
+                "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
+                "has changed. Once or twice do no harm. If the loss stays NaN, look for batches without labels, lower "
+                "the learning rate, or train in bfloat16 or float32 in place of float16.",
+                stacklevel=2,
+            )
+            return loss
         everything = self.param_groups
         for group in everything:
             if group.get("sign"):
@@ -60,6 +79,8 @@ class SignAdamW(torch.optim.AdamW):
         do not need it. Call it once, on the optimizer of one process and without a gradient scaler: gradients are used
         before they are averaged or unscaled.
 
+        A parameter whose gradient is not finite takes no step, nor does `step` then, and warns.
+
         Raises:
             RuntimeError: if there are several processes.
 
@@ -77,8 +98,16 @@ class SignAdamW(torch.optim.AdamW):
                     parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
+        self._norms_in_backward += (_norm(cast(torch.Tensor, parameter.grad), torch.inf),)
         self._sign_step(parameter, self.param_groups[place]["lr"], index)
         parameter.grad = None
+
+    def _has_finite_gradients(self) -> bool:
+        """Whether all gradients since the last step were finite: one read from the device a step."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = [*self._norms_in_backward, *(_norm(gradient, torch.inf) for gradient in gradients)]
+        self._norms_in_backward = ()
+        return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
 
     @torch.no_grad()
     def _sign_step(self, parameter: torch.Tensor, lr: float, index: int) -> None:
@@ -91,16 +120,15 @@ class SignAdamW(torch.optim.AdamW):
             exact = parameter.float().sub_(grad.float().sign_().mul_(size))
             parameter.copy_(round_stochastically(exact, parameter.dtype, generator))
         else:
-            parameter.sub_(grad.sign().mul_(size))
+            parameter.sub_(grad.sign().mul_(size))  # the sign of NaN is 0
 
     def _count_of_vote(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(cast(torch.Tensor, parameter.grad), ord=1, dtype=dtype)
-        if hasattr(norm, "full_tensor"):  # a DTensor: the parameter is sharded
-            norm = norm.full_tensor()
-        mean = norm / parameter.numel()
-        # in the dtype of the parameter, to which torch casts what it loads; an infinite gradient is not remembered
+        """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1.
+
+        Of a gradient that is not finite, which only steps in the backward pass meet, it is 0, and G stays what it was.
+        """
+        mean = _norm(cast(torch.Tensor, parameter.grad), 1) / parameter.numel()
+        # in the dtype of the parameter, to which torch casts what it loads
         largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
         state = self.state[parameter]
         if not state:
@@ -109,7 +137,13 @@ class SignAdamW(torch.optim.AdamW):
         state["step"] += 1
         state["largest"] = torch.maximum(state["largest"], largest)
         ratio = mean / state["largest"].to(mean.dtype)
-        return ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0)
+        return torch.where(mean.isfinite(), ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
+
+
+def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
+    """Return a norm of a gradient, sharded or not: float32 or float64, no dimensions; NaN or infinite if it has such."""
+    norm = torch.linalg.vector_norm(gradient, ord=order, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: the parameter is sharded
 
 
 def round_stochastically(

@@ -9,7 +9,7 @@ Pure functions, computing on the device of their argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -106,30 +106,54 @@ def kept_ranks(bits: Tensor, shape: Sequence[int], positions: NDArray[np.int64])
     Args:
         bits: uint8 of shape `bits_shape(shape)`, on the CPU.
         shape: shape of the mask.
-        positions: int64, row-major.
+        positions: int64, row-major, ascending.
 
     >>> kept_ranks(torch.tensor([[5]], dtype=torch.uint8), (1, 3), np.array([2]))
     array([1])
     """
     flat = bits.numpy().reshape(-1)
     places = positions + positions // _matrix(shape)[1] * _padding(shape)
-    byte, counts = places >> 3, _COUNTS[flat]
-    before = np.cumsum(counts, dtype=np.int64)[byte] - counts[byte]
-    return before + _COUNTS[flat[byte] & ((1 << (places & 7)) - 1).astype(np.uint8)]
+    byte = places >> 3
+    ranks = _COUNTS[flat[byte] & ((1 << (places & 7)) - 1).astype(np.uint8)].astype(np.int64)
+    for start, counts, before in _counted(flat):
+        here = slice(*np.searchsorted(byte, (start, start + len(counts))))
+        ranks[here] += before[byte[here] - start]
+    return ranks
 
 
 def kept_at(bits: Tensor, shape: Sequence[int], ranks: NDArray[np.int64]) -> NDArray[np.int64]:
     """Positions of the kept weights of the given ranks, `kept_positions(bits, shape)[ranks]`, without finding the rest.
 
+    Args:
+        bits: uint8 of shape `bits_shape(shape)`, on the CPU.
+        shape: shape of the mask.
+        ranks: int64, ascending, below the number of kept weights.
+
     >>> kept_at(torch.tensor([[5]], dtype=torch.uint8), (1, 3), np.array([1]))
     array([2])
     """
     flat = bits.numpy().reshape(-1)
-    counts = _COUNTS[flat]
-    ends = np.cumsum(counts, dtype=np.int64)
-    byte = np.searchsorted(ends, ranks, side="right")
-    places = 8 * byte + _PLACES[flat[byte], ranks - (ends[byte] - counts[byte])]
-    return places - byte // bits.shape[1] * _padding(shape)
+    positions = np.empty_like(ranks)
+    for start, counts, before in _counted(flat):
+        here = slice(*np.searchsorted(ranks, (before[0], before[-1] + counts[-1])))
+        within = np.searchsorted(before, ranks[here], side="right") - 1
+        byte = start + within
+        places = 8 * byte + _PLACES[flat[byte], ranks[here] - before[within]]
+        positions[here] = places - byte // bits.shape[1] * _padding(shape)
+    return positions
+
+
+def _counted(flat: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.int64]]]:
+    """Yield bytes in chunks: the first one's index, how many bits are set in each, and in all before each.
+
+    Counts of the bits before each byte, all at once, would take eight times the memory of the bits.
+    """
+    total = 0
+    for start in range(0, len(flat), _CHUNK):
+        counts = _COUNTS[flat[start : start + _CHUNK]]
+        ends = total + np.cumsum(counts, dtype=np.int64)
+        yield start, counts, ends - counts
+        total = int(ends[-1])
 
 
 def bits_from_positions(positions: Tensor, shape: Sequence[int], *, kept: bool) -> Tensor:
@@ -217,6 +241,7 @@ _COUNTS = np.array([value.bit_count() for value in range(256)], np.uint8)  # of 
 _PLACES = np.array(
     [sorted(range(8), key=lambda bit: not value >> bit & 1) for value in range(256)], np.uint8
 )  # of them
+_CHUNK = 1 << 20  # bytes of bits counted together
 _LOWEST_BIT = np.array([0] + [(value & -value).bit_length() - 1 for value in range(1, 256)])
 
 

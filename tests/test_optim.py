@@ -42,14 +42,141 @@ def test_each_parameter_is_compared_with_itself():
     assert q.tolist() == [-2.0, -2.0]
 
 
-def test_no_gradient_and_an_infinite_one_do_no_harm_to_later_steps():
+def test_a_gradient_of_zeros_does_no_harm_to_later_steps():
     p = nn.Parameter(torch.zeros(2))
     optimizer = SignAdamW([{"params": [p], "sign": True, "lr": 1.0}])
-    for gradient in ([0.0, 0.0], [2.0, -2.0], [torch.inf, -1.0], [1.0, -1.0]):
+    for gradient in ([0.0, 0.0], [2.0, -2.0], [1.0, -1.0]):
         p.grad = torch.tensor(gradient)
         optimizer.step()
-        assert p.isfinite().all()
-    assert p.tolist() == [-3.0, 3.0]
+    assert p.tolist() == [-2.0, 2.0]
+
+
+SKIPPED = "gradients are NaN or infinite, so the optimizer has skipped the step"
+BROKEN = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("where", ["scores", "head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [True, False], ids=["in the first step", "later"])
+def test_a_step_that_is_not_finite_is_skipped_whole(broken, where, dtype, first):
+    parameters = {"scores": nn.Parameter(torch.zeros(3, dtype=dtype)), "head": nn.Parameter(torch.ones(2))}
+    optimizer = SignAdamW([{"params": [parameters["scores"]], "sign": True}, {"params": [parameters["head"]]}], lr=0.1)
+
+    def step(value, name):
+        for other, parameter in parameters.items():
+            parameter.grad = torch.ones_like(parameter)
+            parameter.grad[-1] = value if other == name else -1.0
+        optimizer.step()
+
+    def now():
+        return copy.deepcopy([p.detach() for p in parameters.values()]), copy.deepcopy(optimizer.state_dict())
+
+    if not first:
+        step(-1.0, where)
+    before, state = now()
+    with pytest.warns(UserWarning, match=SKIPPED):
+        step(broken, where)
+    after, unchanged = now()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert str(unchanged) == str(state)
+    step(-1.0, where)  # and on it goes, with the same steps as ever
+    assert (parameters["scores"].float() - before[0].float()).tolist() == pytest.approx([-0.1, -0.1, 0.1], rel=0.02)
+    assert (parameters["head"] - before[1]).tolist() == pytest.approx([-0.1, 0.1], rel=0.2)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_backward_pass_a_gradient_that_is_not_finite_moves_nothing(broken, dtype):
+    scores, other = nn.Parameter(torch.zeros(3, dtype=dtype)), nn.Parameter(torch.zeros(2, dtype=dtype))
+    head = nn.Parameter(torch.ones(2))
+    optimizer = SignAdamW([{"params": [scores, other], "sign": True}, {"params": [head]}], lr=0.125)
+    optimizer.step_in_backward()
+
+    def step(value):
+        factors = torch.tensor([1.0, -1.0, value], dtype=dtype)
+        ((scores * factors).sum() + other.sum() + head.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=SKIPPED):
+        step(broken)
+    assert scores.tolist() == [0.0, 0.0, 0.0]
+    assert optimizer.state[scores]["largest"] == 0
+    assert other.tolist() == [-0.125, -0.125]
+    assert head.tolist() == [1.0, 1.0]
+    step(2.0)
+    assert scores.tolist() == [-0.125, 0.125, -0.125]
+    assert (head < 1.0).all()
+
+
+def test_a_copy_of_an_optimizer_takes_steps():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = SignAdamW([{"params": [p], "sign": True}], 0.5)
+    duplicate = copy.deepcopy(optimizer)
+    (q,) = duplicate.param_groups[0]["params"]
+    q.grad = torch.ones(2)
+    duplicate.step()
+    assert q.tolist() == [-0.5, -0.5]
+
+
+class TestGradientScaler:
+    """As in training in float16: gradients are scaled, and where they overflow the step is skipped."""
+
+    def trained(self, scale, binarizer="topk", fused=False, dtype="float32", in_backward=False):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 3))
+        config = MaskConfig(
+            target_modules=["0"],
+            modules_to_save=["2"],
+            binarizer=binarizer,
+            candidates=0.5 if binarizer == "topk" else None,
+            scores_dtype=dtype,
+        )
+        model = get_peft_model(base, config)
+        optimizer = create_mask_optimizer(model, fused=fused, mask_lr=2.0**-4)
+        if in_backward:
+            optimizer.step_in_backward()
+        scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0, growth_interval=100)
+        states, scales = [], []
+        for step in range(6):
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step))
+            if step in (2, 4):
+                x[0, 0] = 6e4  # alone it passes through a layer in float16, its gradient's products do not
+            with torch.autocast("cpu", torch.float16):
+                loss = model(x).square().mean() * (2.0**10 if step in (2, 4) else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+            states.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        return states, scales, optimizer, model
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("binarizer", ["topk", "threshold", "sign", "bernoulli", "n:m"])
+    def test_overflowing_steps_change_nothing(self, binarizer, dtype):
+        states, scales, _, model = self.trained(2.0**14, binarizer, dtype=dtype)
+        for step in range(1, 6):
+            same = [torch.equal(old, new) for old, new in zip(states[step - 1], states[step], strict=True)]
+            overflowed = scales[step] < scales[step - 1]
+            assert overflowed is (step in (2, 4))
+            assert all(same) if overflowed else not any(same)
+        assert all(value.isfinite().all() for value in states[-1])
+        model.base_model.model[0].mask("default")  # which refuses scores that are NaN
+
+    def test_the_scale_is_not_taken_for_the_size_of_gradients(self):
+        usual, fused = ([*self.trained(2.0**14, fused=fused)] for fused in (False, True))
+        for one, other in zip(usual[0], fused[0], strict=True):
+            for left, right in zip(one, other, strict=True):
+                torch.testing.assert_close(left, right)
+        largest = [state["largest"] for run in (usual, fused) for state in run[2].state.values() if "largest" in state]
+        assert largest[0] == largest[1] < 1.0
+
+    def test_in_the_backward_pass_scores_stay_finite(self):
+        with pytest.warns(UserWarning, match=SKIPPED):
+            states, *_ = self.trained(2.0**14, in_backward=True)
+        assert all(value.isfinite().all() for value in states[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
