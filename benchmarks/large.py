@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
 from attacks.doors import Peak
-from benchmarks.harness import environment, in_turn, report, table
+from benchmarks.harness import in_turn, report, table
 from benchmarks.switch import copier
 from peft_mask import MaskConfig, Masks
 from peft_mask.layer import MaskLayer
@@ -157,16 +157,22 @@ def matrix(shape: tuple[int, int] = MATRIX) -> tuple[str, Any]:
             served.base_model.switch_adapter("against")
         with measured("switched from"):
             served.base_model.switch_adapter("default")
-        with measured("saved again"):
+        with measured("saved while merged"):
+            served.save_pretrained(f"{top}/again", selected_adapters=["default"])
+        served.unmerge_adapter()
+        with measured("saved"):
             served.save_pretrained(f"{top}/again", selected_adapters=["default"])
         size = Path(f"{top}/again/adapter_model.safetensors").stat().st_size
     own = weight.nbytes + bits.nbytes
-    rows = [(name, f"{peak / 2**20:,.0f}", f"{peak / numel:.2f}", f"{1 + peak / own:.2f}") for name, peak in peaks.items()]
+    rows = [
+        (name, f"{peak / 2**20:,.0f}", f"{peak / numel:.2f}", f"{1 + peak / own:.2f}") for name, peak in peaks.items()
+    ]
     body = (
         f"One matrix of {shape[0]:,} x {shape[1]:,} weights in bfloat16, {weight.nbytes / 2**20:,.0f} MiB, and a mask of "
         f"it with {100 * SPARSITY:g} % zeros, {bits.nbytes / 2**20:,.0f} MiB of bits, {size / 1e6:.1f} MB in its file. The "
         "most memory that a step takes beyond what was there before it, by the kernel's count, and the whole as a "
-        "multiple of the matrix with one mask.\n\n" + table(("", "MiB", "bytes a weight", "x own memory"), rows)
+        "multiple of the matrix with one mask. Saving while merged undoes the merge in a copy, of one matrix at a "
+        "time.\n\n" + table(("", "MiB", "bytes a weight", "x own memory"), rows)
     )
     return body, {"shape": shape, "peaks": peaks, "own": own, "file": size}
 
@@ -193,6 +199,7 @@ def adapters(rounds: int, loaded: Sequence[int] = LOADED, model: nn.Module | Non
         seconds = 0.0
         for number in range(1, loaded[-1] + 1):
             if number > 1:
+                print(f"loading adapter {number}", end="\r", flush=True)
                 began = time.process_time()
                 served.load_adapter(folders[number % 2], str(number - 1))
                 seconds = time.process_time() - began

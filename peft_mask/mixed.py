@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,10 +13,14 @@ from torch import nn
 from peft_mask.layer import MaskLayer
 from peft_mask.rows import BASE
 
+_REGISTERING = threading.Lock()  # torch numbers its hooks without one
+
 
 @contextmanager
 def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """Tell every masked layer, and every copy of a trained module, which row of the batch is whose.
+
+    It is told to forward passes of this thread alone: others may meanwhile run the same model with other rows.
 
     Args:
         model: the base model with its masked layers.
@@ -40,9 +45,10 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> 
     encoder = set(_encoder_modules(model)) if copies > 1 else set()
     repeated = [name for name in adapter_names for _ in range(copies)]
     with ExitStack() as hooks:
-        for module in readers:
-            names = list(adapter_names) if module in encoder else repeated
-            hooks.enter_context(module.register_forward_pre_hook(_adding(names), with_kwargs=True))
+        with _REGISTERING:
+            for module in readers:
+                names = list(adapter_names) if module in encoder else repeated
+                hooks.enter_context(module.register_forward_pre_hook(_adding(names), with_kwargs=True))
         yield
 
 
@@ -54,7 +60,12 @@ def _encoder_modules(model: nn.Module) -> Iterable[nn.Module]:
 
 
 def _adding(names: list[str]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        # Without `kwargs`, too, it is a call of another thread: the hook was removed while torch was about to call it.
+        if kwargs is None or threading.get_ident() != thread:
+            return None
         return args, kwargs | {"adapter_names": names}
 
     return hook

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peft_mask.coding import decode_gaps, encode_gaps
-from peft_mask.packing import count_zeros, kept_at, kept_ranks, pack_bits
+from peft_mask.packing import bits_shape, count_zeros, kept_at, kept_ranks, pack_bits
 
 Array = NDArray[np.int64]
 
@@ -79,8 +79,11 @@ def _least(positions: Array, weight: Tensor) -> int:
 def _large(weight: Tensor, least: int) -> Tensor:
     """Which weights are of magnitude `least` or more, as the packed bits of a mask, on the CPU."""
     rows = weight.detach().reshape(weight.shape[0] if weight.dim() > 1 else 1, -1)
-    chunks = rows.split(max(1, _CHUNK // rows.shape[1]))
-    return torch.cat([pack_bits(_at_least(chunk, least)).cpu() for chunk in chunks])
+    bits = torch.empty(bits_shape(weight.shape), dtype=torch.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+    for place, chunk in zip(bits.split(step), rows.split(step), strict=True):
+        place.copy_(pack_bits(_at_least(chunk, least)))
+    return bits
 
 
 def _at_least(values: Tensor, least: int) -> Tensor:
@@ -96,7 +99,7 @@ def _magnitudes(values: Tensor) -> Tensor:
 
 
 def _checksum(bits: Tensor) -> int:
-    return zlib.crc32(bits.numpy().tobytes())
+    return zlib.crc32(bits.numpy())
 
 
 def _count(bits: Tensor) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,9 +15,14 @@ from peft_mask.layer import MaskLayer
 from peft_mask.linear import Linear
 from peft_mask.stored import StoredWeight
 
+_RUNNING = threading.RLock()  # of all such modules, since a module with a lock of its own could not be copied
+
 
 class _StandIn(MaskLayer):
-    """A masked module that others read attributes of; those it does not have are its base layer's."""
+    """A masked module that others read attributes of; those it does not have are its base layer's.
+
+    Threads run such modules one after the other: a weight that one has exchanged must not be met by another.
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -24,6 +31,10 @@ class _StandIn(MaskLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if torch.compiler.is_compiling() else _RUNNING:
+            return super().forward(*args, **kwargs)
 
     def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         # The rows of the batch cannot be told apart here, which is right if none of their adapters is.

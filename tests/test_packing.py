@@ -61,7 +61,7 @@ class TestEveryShape:
             ranks = np.arange(len(kept))
             assert np.array_equal(kept_at(bits, shape, ranks), kept)
             assert np.array_equal(kept_ranks(bits, shape, kept), ranks)
-            assert np.array_equal(kept_at(bits, shape, ranks[::-2]), kept[::-2])
+            assert np.array_equal(kept_at(bits, shape, ranks[::2]), kept[::2])
             everywhere = np.arange(mask.numel())
             assert np.array_equal(kept_ranks(bits, shape, everywhere), np.searchsorted(kept, everywhere))
 
@@ -77,6 +77,18 @@ class TestEveryShape:
             bits = pack_bits(mask)
             assert torch.equal(bits_from_positions(zero_positions(bits, shape), shape, kept=False), bits)
             assert torch.equal(bits_from_positions(kept_positions(bits, shape), shape, kept=True), bits)
+
+
+def test_ranks_are_found_across_chunks(monkeypatch):
+    monkeypatch.setattr("peft_mask.packing._CHUNK", 3)
+    for cols in (8, 21):
+        for sparsity in SPARSITIES:
+            mask = torch.rand(9, cols, generator=torch.Generator().manual_seed(0)) >= sparsity
+            bits, kept = pack_bits(mask), mask.view(-1).nonzero().squeeze(1).numpy()
+            ranks, everywhere = np.arange(len(kept)), np.arange(mask.numel())
+            assert np.array_equal(kept_at(bits, mask.shape, ranks), kept)
+            assert np.array_equal(kept_at(bits, mask.shape, ranks[1::3]), kept[1::3])
+            assert np.array_equal(kept_ranks(bits, mask.shape, everywhere), np.searchsorted(kept, everywhere))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(1, 20))
