@@ -168,10 +168,10 @@ def matrix(shape: tuple[int, int] = MATRIX) -> tuple[str, Any]:
         (name, f"{peak / 2**20:,.0f}", f"{peak / numel:.2f}", f"{1 + peak / own:.2f}") for name, peak in peaks.items()
     ]
     body = (
-        f"One matrix of {shape[0]:,} x {shape[1]:,} weights in bfloat16, {weight.nbytes / 2**20:,.0f} MiB, and a mask of "
-        f"it with {100 * SPARSITY:g} % zeros, {bits.nbytes / 2**20:,.0f} MiB of bits, {size / 1e6:.1f} MB in its file. The "
-        "most memory that a step takes beyond what was there before it, by the kernel's count, and the whole as a "
-        "multiple of the matrix with one mask. Saving while merged undoes the merge in a copy, of one matrix at a "
+        f"One matrix of {shape[0]:,} x {shape[1]:,} weights in bfloat16, {weight.nbytes / 2**20:,.0f} MiB, and a mask "
+        f"of it with {100 * SPARSITY:g} % zeros, {bits.nbytes / 2**20:,.0f} MiB of bits, {size / 1e6:.1f} MB in its "
+        "file. The most memory that a step takes beyond what was there before it, by the kernel's count, and the whole "
+        "as a multiple of the matrix with one mask. Saving while merged undoes the merge in a copy, of one matrix at a "
         "time.\n\n" + table(("", "MiB", "bytes a weight", "x own memory"), rows)
     )
     return body, {"shape": shape, "peaks": peaks, "own": own, "file": size}
@@ -248,9 +248,9 @@ def adapters(rounds: int, loaded: Sequence[int] = LOADED, model: nn.Module | Non
         )
     header = ("adapters", "bits, MB", "resident, MB (x bits)", "loading the last, s", "switch, x copy (min-max)")
     body = (
-        f"BERT-base, {weights:,} masked weights in float32, random masks of {100 * SPARSITY:g} % zeros. Resident memory "
-        "is the kernel's count, beyond that of the base. A switch is from the first adapter to the last or back, in "
-        f"turn with a copy of all masked weights, {rounds} rounds, processor time.\n\n" + table(header, rows)
+        f"BERT-base, {weights:,} masked weights in float32, random masks of {100 * SPARSITY:g} % zeros. Resident "
+        "memory is the kernel's count, beyond that of the base. A switch is from the first adapter to the last or back, "
+        f"in turn with a copy of all masked weights, {rounds} rounds, processor time.\n\n" + table(header, rows)
     )
     return body, figures
 

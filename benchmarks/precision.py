@@ -98,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, found in scores.items()
     ]
     body = (
-        f"Tags of English words (UD EWT), token accuracy on the test sentences of `examples/data`; all-MiniLM-L6-v2, "
+        "Tags of English words (UD EWT), token accuracy on the test sentences of `examples/data`; all-MiniLM-L6-v2, "
         f'`MaskConfig(task_type="TOKEN_CLS")`, half a per cent of the weights off. {options.steps} steps of {BATCH} '
-        f"sentences, seeds {', '.join(map(str, options.seeds))}: mean, smallest and largest. `SignAdamW` rounds scores of 16 "
-        "bits stochastically, AdamW to nearest. The last column: zeros that the mask has in common with that of the first "
-        "row and the same seed, of those that either has.\n\n"
+        f"sentences, seeds {', '.join(map(str, options.seeds))}: mean, smallest and largest. `SignAdamW` rounds scores "
+        "of 16 bits stochastically, AdamW to nearest. The last column: zeros that the mask has in common with that of "
+        "the first row and the same seed, of those that either has.\n\n"
         + table(("scores", "their optimizer", "accuracy", "zeros in common"), rows)
     )
     report("precision", "Scores of 32 and of 16 bits", body, {"scores": scores, "common": shared})

@@ -141,7 +141,7 @@ class SignAdamW(torch.optim.AdamW):
 
 
 def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
-    """Return a norm of a gradient, sharded or not: float32 or float64, no dimensions; NaN or infinite if it has such."""
+    """Return a norm of a gradient, sharded or not, as float32 or float64; NaN or infinite if the gradient is."""
     norm = torch.linalg.vector_norm(gradient, ord=order, dtype=torch.promote_types(gradient.dtype, torch.float32))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: the parameter is sharded
 

@@ -155,7 +155,8 @@ def state_from_records(
             f"cannot load the adapter '{adapter_name}': its file and the model do not mask the same layers.\n"
             f"  masked in the model, not in the file: {sorted(layers.keys() - records.keys()) or 'none'}\n"
             f"  masked in the file, not in the model: {sorted(records.keys() - layers.keys()) or 'none'}\n"
-            "Is it an adapter of peft_mask, whole, and for this base model?"
+            "Is it an adapter of peft_mask, whole, and for this base model? If saving it over another one was "
+            "interrupted, the configuration may still be that of the other: save it again."
         )
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
     others = own_tensors(model, adapter_name, others)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 
 import pytest
 import torch
@@ -113,6 +114,45 @@ def test_a_full_disk_raises_and_leaves_the_old_adapter(tmp_path, size):
     assert after.keys() == before.keys()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 kB, with an adapter on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("file systems cannot be mounted here; the limit on the size of a file stands in for a full disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("way", ["Masks.save", "save_pretrained"])
+@pytest.mark.parametrize("left", [0, 4096, 16384])  # pages: for nothing, for the card, and for a part of the tensors
+def test_a_file_system_that_is_full_raises_and_keeps_the_old_adapter(small_disk, tmp_path, way, left):
+    config = MaskConfig(task_type="SEQ_CLS", trainable_token_indices=list(range(60)), portable=True)
+    model = get_peft_model(large := base_model(), config)
+    large.classifier.modules_to_save["default"].weight.data = torch.randn(1000, 32)  # tensors larger than what is left
+    masks = Masks({f"{number}": torch.rand(512, 512) >= 0.5 for number in range(2)})
+    folder = save_adapter(small_disk / "adapter", seed=1)
+    before = contents(folder)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filling").write_bytes(bytes(free - left))
+    with pytest.raises(Exception, match=r"No space left|I/O error"):
+        masks.save(folder) if way == "Masks.save" else model.save_pretrained(folder)
+    after = contents(folder)
+    assert {name: after[name] for name in (WEIGHTS, CONFIG)} == {name: before[name] for name in (WEIGHTS, CONFIG)}
+    assert after.keys() == before.keys()  # nothing unfinished takes the room that is left
+    (small_disk / "filling").unlink()
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(base_model(), folder)),
+        logits(PeftModel.from_pretrained(base_model(), save_adapter(tmp_path / "same", seed=1))),
+    )
+
+
 def test_a_configuration_that_cannot_be_written_leaves_the_new_masks_under_the_old_one(tmp_path, monkeypatch):
     model = two(tmp_path)
     old = (tmp_path / "adapter" / CONFIG).read_bytes()
@@ -166,7 +206,9 @@ class TestNewTensorsUnderTheOldConfiguration:
 
     def test_of_other_modules_is_refused(self, tmp_path):
         _, folder = self.pair(tmp_path, target_modules=["query"])
-        with pytest.raises(ValueError, match="its file and the model do not mask the same layers"):
+        with pytest.raises(
+            ValueError, match=r"(?s)its file and the model do not mask the same layers.*interrupted.*save it again"
+        ):
             PeftModel.from_pretrained(base_model(), folder)
 
     def test_without_the_head_of_the_old_is_refused(self, tmp_path):

@@ -1,12 +1,14 @@
 """The measuring tools measure: order of runs, ratios, peaks, and the variants they compare."""
 
 import json
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import codec, memory, step, switch
+from benchmarks import codec, large, memory, step, switch
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table
 from peft_mask.layer import MaskLayer
 from tests.versions import RUNS_ON_META
@@ -139,3 +141,46 @@ def test_the_codec_benchmark_codes_against_the_base():
     portable, against = (codec.coding_row("", masks[:2], rounds=1, bases=bases) for bases in (None, weights[:2]))
     assert against[0][1] == "the base, float32"
     assert against[1]["bytes"] < 0.75 * portable[1]["bytes"]
+
+
+def calls_of(step):
+    """How many Python functions a step calls: what it takes, without a clock."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_what_is_done_with_an_adapter_grows_with_the_number_of_layers(tmp_path):
+    calls = [
+        {name: calls_of(step) for name, step in large.steps_of_an_adapter(blocks, tmp_path / f"{blocks}")}
+        for blocks in (1, 1, 2, 4)  # the first imports what is imported late
+    ][1:]
+    assert len(calls[0]) == 6
+    for name in calls[0]:
+        one, two, four = (each[name] for each in calls)
+        assert four - two == pytest.approx(2 * (two - one), rel=0.1), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
+def test_a_large_matrix_is_packed_coded_and_loaded():
+    body, figures = large.matrix((256, 520))
+    assert figures["own"] == 256 * 520 * 2 + 256 * 65
+    assert len(figures["peaks"]) == 12
+    assert "256 x 520" in body
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is Linux's")
+def test_many_adapters_are_loaded_and_switched():
+    body, figures = large.adapters(1, (1, 3), large.bert(1, 32))
+    assert [row["adapters"] for row in figures] == [1, 3]
+    assert f"{4 * 32 * 32 + 2 * 32 * 128 + 32 * 32:,} masked weights" in body
+    assert all(len(row["switch"]) == len(row["copy"]) == 1 for row in figures)
