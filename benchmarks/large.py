@@ -249,8 +249,8 @@ def adapters(rounds: int, loaded: Sequence[int] = LOADED, model: nn.Module | Non
     header = ("adapters", "bits, MB", "resident, MB (x bits)", "loading the last, s", "switch, x copy (min-max)")
     body = (
         f"BERT-base, {weights:,} masked weights in float32, random masks of {100 * SPARSITY:g} % zeros. Resident "
-        "memory is the kernel's count, beyond that of the base. A switch is from the first adapter to the last or back, "
-        f"in turn with a copy of all masked weights, {rounds} rounds, processor time.\n\n" + table(header, rows)
+        "memory is the kernel's count, beyond that of the base. A switch is from the first adapter to the last or "
+        f"back, in turn with a copy of all masked weights, {rounds} rounds, processor time.\n\n" + table(header, rows)
     )
     return body, figures
 

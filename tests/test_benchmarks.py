@@ -161,8 +161,8 @@ def calls_of(step):
 
 def test_what_is_done_with_an_adapter_grows_with_the_number_of_layers(tmp_path):
     calls = [
-        {name: calls_of(step) for name, step in large.steps_of_an_adapter(blocks, tmp_path / f"{blocks}")}
-        for blocks in (1, 1, 2, 4)  # the first imports what is imported late
+        {name: calls_of(step) for name, step in large.steps_of_an_adapter(blocks, tmp_path / f"{number}")}
+        for number, blocks in enumerate((1, 1, 2, 4))  # the first imports what is imported late
     ][1:]
     assert len(calls[0]) == 6
     for name in calls[0]:
