@@ -99,7 +99,7 @@ def _magnitudes(values: Tensor) -> Tensor:
 
 
 def _checksum(bits: Tensor) -> int:
-    return zlib.crc32(bits.numpy())
+    return zlib.crc32(bits.numpy().data)
 
 
 def _count(bits: Tensor) -> int:
