@@ -16,12 +16,6 @@ from tests.tiny_models import tiny_model
 ROWS = 5
 
 
-def meet(model, parties):
-    """Let the threads wait for each other in the middle of their forward passes, in every masked layer."""
-    barrier = threading.Barrier(parties, timeout=30)
-    return [layer.base_layer.register_forward_hook(lambda *_: barrier.wait()) for layer in layers_of(model)], barrier
-
-
 def layers_of(model):
     return [module for module in model.modules() if isinstance(module, MaskLayer)]
 
@@ -59,7 +53,6 @@ def served(tmp_path):
     return model, inputs, expected, tmp_path / "more" / "two"
 
 
-@torch.no_grad()
 def call(model, inputs, name=None):
     with torch.no_grad():
         return model(**inputs, **({} if name is None else {"adapter_names": [name] * ROWS})).logits
@@ -189,25 +182,27 @@ def test_a_weight_that_is_exchanged_for_one_thread_is_not_met_by_another(make):
         with model.disable_adapter():
             expected["bare"] = model(x)
         parameters = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+        main, second_is_inside, first_is_done = threading.get_ident(), threading.Event(), threading.Event()
         others = []
 
-        def start_another(*_):  # while the first one is within the module
-            if not others:
-                others.append(ThreadPoolExecutor(1))
-                others.append(others[0].submit(call_again))
-                others.append(entered.wait(5))
+        def within(*_):  # the second would come in after the first, and leave after it
+            if threading.get_ident() == main:
+                others.append(pool.submit(call_again))
+                second_is_inside.wait(0.5)
+            else:
+                second_is_inside.set()
+                first_is_done.wait(30)
 
         def call_again():
-            entered.set()
             with torch.no_grad():
                 return model(x)
 
-        entered = threading.Event()
-        handle = layer.get_base_layer().register_forward_pre_hook(start_another)
-        torch.testing.assert_close(model(x), expected["one"])
+        handle = layer.get_base_layer().register_forward_pre_hook(within)
+        with ThreadPoolExecutor(1) as pool:
+            torch.testing.assert_close(model(x), expected["one"])
+            first_is_done.set()
+            torch.testing.assert_close(others[0].result(30), expected["one"])
         handle.remove()
-        torch.testing.assert_close(others[1].result(30), expected["one"])
-        others[0].shutdown()
         for name, parameter in model.named_parameters():
             assert id(parameter) == parameters[name][0], name
             assert torch.equal(parameter, parameters[name][1]), name
