@@ -78,8 +78,8 @@ class StoredWeight:
     def replaced_by(self, values: torch.Tensor) -> Iterator[None]:
         """Let the module compute with other values of this weight, for layers that offer no other way.
 
-        The parameter itself is untouched and is back when the context ends. Another thread that runs the same module
-        meanwhile sees the other values, too.
+        The parameter itself is untouched and is back when the context ends. Callers see to it that no other thread
+        runs the module meanwhile.
         """
         # FSDP keeps a second entry under the same name, which comes first
         owner = self.module.__dict__ if self.name in self.module.__dict__ else self.module._parameters
