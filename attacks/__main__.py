@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no folder is to be looked for on the Hub b
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from attacks import cases, fuzz, kill, run
+from attacks import cases, fuzz, kill, resume, run
 
 
 def main() -> int:
@@ -29,6 +29,9 @@ def main() -> int:
     killing = commands.add_parser("kill", help="kill processes that save")
     killing.add_argument("--kills", type=int, default=200, help="how many, of each kind")
     killing.add_argument("--seed", type=int, default=0, help="of the moments")
+    resuming = commands.add_parser("resume", help="kill processes that train, and resume them")
+    resuming.add_argument("--kills", type=int, default=20, help="how many, of each kind")
+    resuming.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -38,6 +41,8 @@ def main() -> int:
         return 0 if fuzz.report(arguments.files, arguments.seed, arguments.start) else 1
     if arguments.command == "kill":
         return 0 if kill.report(arguments.kills, arguments.seed) else 1
+    if arguments.command == "resume":
+        return 0 if resume.report(arguments.kills, arguments.seed) else 1
     chosen = cases.hostile_fields() if arguments.command == "fields" else cases.cases()
     return 0 if run.report(chosen) else 1
 

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from peft_mask.sharded import is_flattened, whole
+
 
 class SignAdamW(torch.optim.AdamW):
     """AdamW whose parameter groups with `sign=True` take sign steps instead: `p = p - lr * c * sign(gradient)`.
@@ -50,6 +52,7 @@ class SignAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_whole()
         if not self._has_finite_gradients():
             warnings.warn(
                 "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
@@ -70,6 +73,25 @@ class SignAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = everything
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._sizes = self._sizes_now()
+
+    def _sizes_now(self) -> list[list[int]]:
+        return [[p.numel() for p in group["params"]] for group in self.param_groups if group.get("sign")]
+
+    def _check_whole(self) -> None:
+        """Refuse pieces of matrices. FSDP2's parameters are none: their size is that of all shards."""
+        sizes = self._sizes_now()
+        flattened = any(is_flattened(p) for group in self.param_groups if group.get("sign") for p in group["params"])
+        if flattened or self.__dict__.get("_sizes", sizes) != sizes:  # a copy of an optimizer has no such attribute
+            raise RuntimeError(
+                "cannot take sign steps: the parameters are no longer those that SignAdamW was made for but pieces of "
+                "them, as FSDP1 and DeepSpeed ZeRO make, and the steps depend on the gradients of whole matrices. Use "
+                "DDP or FSDP2 (fsdp_version: 2), or train the scores with create_mask_optimizer(model, "
+                "torch.optim.AdamW)."
+            )
 
     def step_in_backward(self) -> None:
         """Take the sign steps within the backward pass: each as soon as its parameter has a gradient, which is freed.
@@ -143,7 +165,7 @@ class SignAdamW(torch.optim.AdamW):
 def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
     """Return a norm of a gradient, sharded or not, as float32 or float64; NaN or infinite if the gradient is."""
     norm = torch.linalg.vector_norm(gradient, ord=order, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: the parameter is sharded
+    return whole(norm)
 
 
 def round_stochastically(

@@ -23,6 +23,7 @@ from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.ranks import WrongBaseError
 from peft_mask.record import read_record, write_record
+from peft_mask.sharded import is_sharded
 
 BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
 FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_scores` adds to a file
@@ -68,7 +69,7 @@ def records_of_adapter(
         `keep_scores` asked for them.
 
     Raises:
-        ValueError: if scores contain NaN, or a mask was never loaded.
+        ValueError: if scores contain NaN or are sharded, or a mask was never loaded.
     """
     if not state_dict:  # a rank that is not to save
         return {}
@@ -78,6 +79,12 @@ def records_of_adapter(
         layer.peft_mask_bits.check_filled(adapter_name)
         bits_key, scores_key = f"{path}{BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
         scores = state_dict.get(scores_key)
+        if scores is not None and is_sharded(scores):
+            raise ValueError(
+                f"cannot save the mask of '{_module_name(path)}': its scores are sharded over processes. Use "
+                "trainer.save_model(folder), or let all processes call accelerator.get_state_dict(model), and one of "
+                "them model.save_pretrained(folder, state_dict=...) with what it returns."
+            )
         if scores is not None and scores.isnan().any():
             raise ValueError(
                 f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "

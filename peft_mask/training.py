@@ -228,10 +228,11 @@ class MaskCallback(TrainerCallback):
     """Logs the masks' figures beside the loss, and keeps the scores in checkpoints so that training can be resumed.
 
     A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `fill_budget` brings a file to the bytes
-    it was promised; custom loops call these. With it,
-    `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores. The adapter saved after training
-    holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies "checkpoint" and
-    "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
+    it was promised; custom loops call these. With it, `resume_from_checkpoint` and `load_best_model_at_end` go on from
+    the very scores, and a resumed training ends as if it had never stopped. Hand it to `Trainer(callbacks=[...])`:
+    added later, it counts flips from the checkpoint. The adapter saved after training holds masks only, and so does
+    what `hub_strategy="every_save"` uploads. The strategies "checkpoint" and "all_checkpoints" upload checkpoints to
+    resume from elsewhere, which takes the scores.
 
     Args:
         schedule: lets the budget grow; by default it is spent whole from the first step on. What is evaluated or saved
@@ -243,8 +244,12 @@ class MaskCallback(TrainerCallback):
 
     def __init__(self, schedule: SparsitySchedule | None = None) -> None:
         self._schedule = schedule
-        self._statistics: MaskStatistics | None = None
+        self._started_from: MaskStatistics | None = None
+        self._statistics: MaskStatistics | None = None  # in training
         self._aside: tuple[Path, Path] | None = None  # a checkpoint's file, and where its scores are meanwhile
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._started_from = MaskStatistics(kwargs["model"])  # a resume overwrites these masks before training begins
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -255,7 +260,9 @@ class MaskCallback(TrainerCallback):
                 'hub_strategy="every_save" would upload the scores in the checkpoints: this transformers asks no '
                 'callback before it does. Set hub_strategy="end", or use transformers 5.'
             )
-        self._statistics = MaskStatistics(kwargs["model"])
+        resumed = state.global_step > 0 and self._started_from is not None
+        self._statistics = self._started_from if resumed else MaskStatistics(kwargs["model"])
+        self._started_from = self._statistics
         keep_scores(kwargs["model"])
 
     def on_step_begin(

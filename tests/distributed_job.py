@@ -1,4 +1,4 @@
-"""A training that several processes share, for `python -m torch.distributed.run --nproc_per_node=N`.
+"""A training that several processes share, for `accelerate launch --config_file ...`.
 
     distributed_job.py FOLDER [STEPS]
 
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -23,6 +25,19 @@ from tests.tiny_models import tiny_inputs, tiny_model
 BATCH, STEPS = 8, 6
 
 
+def offer_fsdp_on_cpu() -> None:
+    """Let Accelerate take processes on CPUs for processes on GPUs, which alone it shards models over."""
+    init = AcceleratorState.__init__
+
+    def init_as_on_gpus(self, *arguments, **settings):
+        PartialState(cpu=True)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        init(self, *arguments, **settings)
+
+    AcceleratorState.__init__ = init_as_on_gpus
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -31,14 +46,25 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+class MaskTrainer(Trainer):
+    """Under FSDP, Trainer takes no optimizer from outside."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = create_mask_optimizer(self.model)
+        return self.optimizer
+
+
 def main(folder: Path, stop: int) -> None:
     torch.set_num_threads(1)
-    base = tiny_model("bert").double()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        offer_fsdp_on_cpu()
+    base = tiny_model("bert")
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process draws its own
     torch.manual_seed(0)
-    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", target_sparsity=0.02))
+    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", target_sparsity=0.02)).double()
     inputs = tiny_inputs(base, batch_size=32, labels=True)
     rows = [{name: value[i] for name, value in inputs.items()} for i in range(32)]
     arguments = TrainingArguments(
@@ -53,16 +79,14 @@ def main(folder: Path, stop: int) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
+    trainer = MaskTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         callbacks=[MaskCallback(SparsitySchedule("linear", end=0.5)), StopAfter(stop)],
-        optimizers=(create_mask_optimizer(model), None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(folder)
+    trainer.save_model(folder)
 
 
 if __name__ == "__main__":

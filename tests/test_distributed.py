@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,19 +18,34 @@ from peft_mask.layer import MaskLayer
 
 WORLD, STEPS = 2, 6
 
+# what is trained -> fields of MaskConfig
+CASES = {
+    "topk": {"target_sparsity": 0.03},
+    "bernoulli": {"binarizer": "bernoulli", "init_sparsity": 0.3, "candidates": None},
+    "n:m": {"binarizer": "n:m", "candidates": None},
+    "rows": {"structure": "row", "target_sparsity": 0.1, "candidates": None},
+    "unreached": {"target_sparsity": 0.03},
+}
+KINDS = ("ddp", "fsdp2")
 
-BUDGET = {"target_sparsity": 0.03}
-DRAWN = {"binarizer": "bernoulli", "init_sparsity": 0.3, "candidates": None}
+
+class Mlp(nn.Sequential):
+    """Two layers, and a third that no input reaches."""
+
+    def forward(self, x):
+        return self[2](self[1](self[0](x)))
 
 
-def model(fields):
+def model(case):
     torch.manual_seed(0)  # in float64 no gradient is so close to zero that the order of a sum decides its sign
-    mlp = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4)).double()
-    return get_peft_model(mlp, MaskConfig(target_modules=["0", "2"], **fields))
+    mlp = Mlp(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4), nn.Linear(4, 4)).double()
+    targets = ["0", "2", "3"] if case == "unreached" else ["0", "2"]
+    return get_peft_model(mlp, MaskConfig(target_modules=targets, **CASES[case]))
 
 
-def train(model, rows, drawn=False):
+def train(model, case, rows=slice(None)):
     # drawn masks follow from every bit of the scores, and processes sum gradients in another order than one does
+    drawn = case == "bernoulli"
     optimizer = create_mask_optimizer(model, Rounded, mask_lr=0.5) if drawn else create_mask_optimizer(model)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
@@ -51,55 +66,97 @@ class Rounded(torch.optim.SGD):
         return super().step(closure)
 
 
-def on_each_rank(rank, folder, kind, fields):
+def train_sharded(ours, case, rows):
+    """Train under FSDP2; the state dict of all shards, on the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in [module for module in ours.modules() if isinstance(module, MaskLayer)]:
+        fully_shard(layer)
+    fully_shard(ours)
+    train(ours, case, rows)
+    local = [p for name, p in ours.named_parameters() if "scores" in name]
+    assert all(p.to_local().numel() < p.numel() for p in local)
+    whole = masks_of(ours)
+    with pytest.raises(ValueError, match=r"its scores are sharded over processes. Use trainer.save_model"):
+        get_peft_model_state_dict(ours)
+    state = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state, whole
+
+
+def masks_of(model):
+    return {name: layer.mask("default") for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
+
+
+def on_each_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    rows = slice(4 * rank, 4 * rank + 4)
     try:
-        ours, drawn = model(fields), fields == DRAWN
-        rows = slice(4 * rank, 4 * rank + 4)
-        if kind == "ddp":
-            train(nn.parallel.DistributedDataParallel(ours), rows, drawn)
-            state = None
-        else:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-            from torch.distributed.fsdp import fully_shard
-
-            for layer in [module for module in ours.modules() if isinstance(module, MaskLayer)]:
-                fully_shard(layer)
-            fully_shard(ours)
-            train(ours, rows, drawn)
-            local = [p for name, p in ours.named_parameters() if "scores" in name]
-            assert all(p.to_local().numel() < p.numel() for p in local)
-            state = get_model_state_dict(ours, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if kind == "ddp" or rank == 0:
-            ours.save_pretrained(f"{folder}/{rank}", state_dict=state)
-        dist.barrier()
+        for case in CASES:
+            ours = model(case)
+            train(nn.parallel.DistributedDataParallel(ours, find_unused_parameters=case == "unreached"), case, rows)
+            ours.save_pretrained(f"{folder}/ddp/{case}/{rank}")
+            sharded = model(case)
+            state, masks = train_sharded(sharded, case, rows)
+            torch.save(masks, f"{folder}/{case}-{rank}.pt")
+            if rank == 0:
+                sharded.save_pretrained(f"{folder}/fsdp2/{case}/{rank}", state_dict=state)
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("fields", [BUDGET, DRAWN], ids=["topk", "bernoulli"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_processes_train_the_mask_that_one_trains(tmp_path, kind, fields):
-    one = model(fields)
-    train(one, slice(None), fields == DRAWN)
-    one.save_pretrained(tmp_path / "one")
-    mp.spawn(on_each_rank, (str(tmp_path), kind, fields), nprocs=WORLD)
-    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    assert any(int((~layer.mask("default")).sum()) for layer in one.modules() if isinstance(layer, MaskLayer))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with what processes trained."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(on_each_rank, (str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_train_the_mask_that_one_trains(tmp_path, trained, kind, case):
+    one = model(case)
+    train(one, case)
+    one.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(int((~mask).sum()) for mask in masks_of(one).values())
     for rank in range(WORLD if kind == "ddp" else 1):
-        saved = load_file(tmp_path / str(rank) / "adapter_model.safetensors")
+        saved = load_file(trained / kind / case / str(rank) / "adapter_model.safetensors")
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
 
-def job(folder, processes, steps="6"):
-    """Run `distributed_job.py` as a user launches it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+@pytest.mark.parametrize("case", CASES)
+def test_every_process_sees_the_whole_mask_of_scores_that_are_sharded(trained, case):
+    one = model(case)
+    train(one, case)
+    for rank in range(WORLD):
+        masks = torch.load(trained / f"{case}-{rank}.pt")
+        assert all(torch.equal(masks[name], mask) for name, mask in masks_of(one).items())
+
+
+def test_one_sharded_adapter_is_an_ordinary_one(trained):
+    files = {path.name for path in (trained / "fsdp2" / "topk" / "0").iterdir()}
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    loaded = PeftModel.from_pretrained(model("topk").unload(), trained / "fsdp2" / "topk" / "0")
+    assert all(int((~mask).sum()) == round(0.03 * mask.numel()) for mask in masks_of(loaded).values())
+
+
+def job(folder, processes, steps="6", kind="ddp"):
+    """Run `distributed_job.py` as a user launches it, with a configuration of the examples."""
+    root = Path(__file__).parents[1]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(root / f"examples/accelerate/{kind}.yaml")]
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
     script = str(Path(__file__).with_name("distributed_job.py"))
     done = subprocess.run(
-        [sys.executable, *launcher, script, str(folder), steps], env=environment, capture_output=True, text=True
+        [sys.executable, *(launcher if processes > 1 else []), script, str(folder), steps],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(folder / "adapter_model.safetensors")
@@ -114,11 +171,22 @@ def assert_same_masks(adapter, expected):
         torch.testing.assert_close(adapter[key], expected[key], rtol=1e-10, atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return job(tmp_path_factory.mktemp("one"), 1)
+
+
 @pytest.mark.slow
-def test_trainer_on_two_processes_trains_the_mask_of_one_and_either_resumes_the_other(tmp_path):
-    one = job(tmp_path / "one", 1)
-    assert_same_masks(job(tmp_path / "two", 2), one)
+def test_trainer_on_several_processes_trains_the_mask_of_one_and_either_resumes_the_other(tmp_path, one):
+    assert_same_masks(job(tmp_path / "four", 4), one)
     job(tmp_path / "two then one", 2, "3")
     assert_same_masks(job(tmp_path / "two then one", 1), one)
     job(tmp_path / "one then two", 1, "3")
     assert_same_masks(job(tmp_path / "one then two", 2), one)
+
+
+@pytest.mark.slow
+def test_trainer_on_sharded_models_trains_the_mask_of_one_and_resumes(tmp_path, one):
+    job(tmp_path, 2, "3", "fsdp2")
+    assert (tmp_path / "checkpoint-3" / "pytorch_model_fsdp.bin").is_file()  # so it was sharded
+    assert_same_masks(job(tmp_path, 2, kind="fsdp2"), one)

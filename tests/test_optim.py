@@ -333,6 +333,22 @@ def test_several_processes_do_not_step_within_the_backward_pass(monkeypatch):
         optimizer.step_in_backward()
 
 
+def test_pieces_of_matrices_are_refused():
+    def optimizer_of(*parameters):
+        return SignAdamW([{"params": list(parameters), "sign": True}, {"params": [nn.Parameter(torch.zeros(3))]}])
+
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer_of(*parameters).step()
+    zero = optimizer_of(*parameters)
+    zero.param_groups[0]["params"] = [nn.Parameter(torch.zeros(4))]  # as ZeRO does: of two processes, half of both
+    with pytest.raises(RuntimeError, match=r"pieces of them, as FSDP1 and DeepSpeed ZeRO .* Use DDP or FSDP2"):
+        zero.step()
+    fsdp = optimizer_of(*parameters)
+    parameters[0]._fsdp_flattened = True
+    with pytest.raises(RuntimeError, match="cannot take sign steps"):
+        fsdp.step()
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
 def test_optimizers_of_bitsandbytes_train_scores(name):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
