@@ -87,7 +87,8 @@ def loop(case, folder, steps, resumed_from=None):
     statistics, schedule = MaskStatistics(model), SparsitySchedule("cubic", end=0.6)
     optimizer = create_mask_optimizer(model, lr=1e-3, mask_lr=5e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
-    loader = DataLoader(rows(STEPS * 4), batch_size=4)
+    # with a generator of its own: an iterator draws a number when it is made, and a resumed loop makes one more
+    loader = DataLoader(rows(STEPS * 4), batch_size=4, generator=torch.Generator())
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     if resumed_from is not None:
         accelerator.load_state(resumed_from)
