@@ -15,9 +15,21 @@ import transformers
 
 from benchmarks.accuracy.__main__ import minilm
 from benchmarks.accuracy.runs import environment
+from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Setting
 from peft_mask.analysis import markdown
-from reproduction import controls, curve, dissimilarity, ensembles, line, movement, representations, storage
+from reproduction import (
+    controls,
+    curve,
+    dissimilarity,
+    ensembles,
+    layers,
+    line,
+    movement,
+    representations,
+    sparsity,
+    storage,
+)
 from reproduction.models import Models
 from reproduction.scale import Scale
 
@@ -32,6 +44,8 @@ STUDIES: dict[str, ModuleType] = {
     "ensembles": ensembles,
     "curve": curve,
     "movement": movement,
+    "sparsity": sparsity,
+    "layers": layers,
 }
 
 
@@ -47,9 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=Scale.rows, help="examples of a split that are looked at")
     parser.add_argument("--points", type=int, default=Scale.points, help="points of a line")
     parser.add_argument("--curve-steps", type=int, default=Scale.curve_steps)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(Scale.seeds), help="masks in an ensemble")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=list(Scale.seeds),
+        help="masks in an ensemble, and runs of a variant in a sweep",
+    )
     parser.add_argument("--finetuned-seeds", type=int, nargs="+", default=list(Scale.finetuned_seeds))
     parser.add_argument("--every", type=int, default=Scale.every, help="steps between snapshots")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(Scale.tasks), metavar="TASK", help="of a sweep"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if unknown := set(options.studies) - STUDIES.keys():
@@ -71,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds=tuple(options.seeds),
         finetuned_seeds=tuple(options.finetuned_seeds),
         every=options.every,
+        tasks=tuple(options.tasks),
     )
     options.results.mkdir(parents=True, exist_ok=True)
     for name in chosen:

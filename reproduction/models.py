@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from benchmarks.accuracy.training import Method, Setting, restored, untrained
 from peft_mask import MaskConfig
 
 
-def paper(model: nn.Module, task_type: str) -> nn.Module:
-    # With a seed of its own: the head of another task takes other random numbers, and the same seed would start from
-    # other masks.
-    return get_peft_model(model, MaskConfig.paper(task_type=task_type, head="trained", seed=torch.initial_seed()))
+def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
+    """How the paper's setting wraps a model, with a trained head and other `fields` of `MaskConfig`."""
+
+    def build(model: nn.Module, task_type: str) -> nn.Module:
+        # With a seed of its own: the head of another task takes other random numbers, and the same seed would start
+        # from other masks.
+        seed = torch.initial_seed()
+        return get_peft_model(model, MaskConfig.paper(task_type=task_type, head="trained", seed=seed, **fields))
+
+    return build
 
 
 # name -> method and the one rate it is trained with here. That of full fine-tuning is what dev chose for both tasks in
@@ -30,7 +37,7 @@ WAYS: dict[str, tuple[Method, float]] = {
     "full": (METHODS["full"], 3e-4),  # type: ignore[dict-item]
     "mask": (METHODS["mask"], 5e-4),  # type: ignore[dict-item]
     "paper": (
-        Method("paper", f"MaskConfig.paper(head='trained'), AdamW; {HEAD_NOTE}", paper, mask_adamw, (1e-3,)),
+        Method("paper", f"MaskConfig.paper(head='trained'), AdamW; {HEAD_NOTE}", paper(), mask_adamw, (1e-3,)),
         1e-3,
     ),
 }

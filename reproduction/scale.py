@@ -14,9 +14,10 @@ class Scale:
         rows: how many examples of a split are looked at, the first of them.
         points: of a line or curve.
         curve_steps: batches that a curve is trained with.
-        seeds: of the masks in an ensemble.
+        seeds: of the masks in an ensemble, and of each variant in a sweep.
         finetuned_seeds: of the models beside it.
         every: steps between two snapshots of masks.
+        tasks: of a sweep.
     """
 
     recipes: tuple[str, ...] = ("mask",)
@@ -26,3 +27,4 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1, 2)
     finetuned_seeds: tuple[int, ...] = (0,)
     every: int = 15
+    tasks: tuple[str, ...] = ("ud_ewt_pos",)

@@ -79,7 +79,7 @@ def run_all(
     """
     pairs = [(task, method) for task in tasks for method in methods]
     progress = Progress()
-    progress.left = sum(_unfinished_steps(task, method, seeds, results, steps or task.steps) for task, method in pairs)
+    progress.left = sum(unfinished_steps(task, method, seeds, results, steps or task.steps) for task, method in pairs)
     for task, method in pairs:
         search(task, method, seeds, setting, results, steps or task.steps, progress)
 
@@ -92,10 +92,10 @@ def search(
     results: Path,
     steps: int,
     progress: Progress | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Chooses the learning rate on dev with `SEARCH_SEED`, then scores test once for each seed at that rate.
 
-    Test is first read when the choice is made. A tie goes to the smaller rate.
+    Test is first read when the choice is made. A tie goes to the smaller rate. Returns the results of the seeds.
     """
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
@@ -104,6 +104,7 @@ def search(
     for run in tries:
         if run is not chosen:
             run.state.unlink(missing_ok=True)
+    results_of_seeds = []
     for seed in _seeds(method, seeds):
         run = Run(task, method, chosen.lr, seed, steps, results)
         result = finished(run, setting, progress)
@@ -117,6 +118,8 @@ def search(
             run.write(result)
             progress.line(f"{_title(run)}: test {result['test']:.4f}")
         run.state.unlink(missing_ok=True)
+        results_of_seeds.append(result)
+    return results_of_seeds
 
 
 def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
@@ -160,7 +163,8 @@ def _weight(method: Method | Probe, steps: int) -> int:
     return max(1, steps // 10) if isinstance(method, Probe) else steps
 
 
-def _unfinished_steps(task: Task, method: Method | Probe, seeds: Sequence[int], results: Path, steps: int) -> int:
+def unfinished_steps(task: Task, method: Method | Probe, seeds: Sequence[int], results: Path, steps: int) -> int:
+    """Steps that `search` has yet to train, a probe's counted as few."""
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in method.lrs]
     runs = sum(not run.file.exists() for run in tries)
     for seed in set(_seeds(method, seeds)) - {SEARCH_SEED}:

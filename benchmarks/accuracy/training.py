@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from benchmarks.accuracy.model import MODELS
 from benchmarks.accuracy.sizes import measure
 from benchmarks.accuracy.tasks import IGNORED, Rows, Split, Task, load_rows, training_batches
+from peft_mask.training import MaskStatistics
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def train(
     """
     model: Any = untrained(task, method, seed, setting)  # a PreTrainedModel or a PeftModel
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    statistics = MaskStatistics(model)
     optimizer = method.optimizer(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _triangle(steps, setting.warmup))
     rows = setting.rows(task, "train")
@@ -116,6 +118,7 @@ def train(
         "loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_seconds": round(seconds, 2),
         "trained_parameters": sum(p.numel() for p in trained.values()),
+        **{name: value for name, value in statistics(model).items() if name == "flip_ratio"},
     }
     with tempfile.TemporaryDirectory() as folder:
         # A plain model has no adapter: of it, what was trained is saved (full fine-tuning: everything, BitFit: biases).
