@@ -1,10 +1,12 @@
-"""Learn a mask for a text classification task: any data set of the Hub or local CSV/JSONL files, any encoder.
+"""Learn a mask for classifying texts or pairs of texts: any data set of the Hub or local files, any encoder.
 
-    python examples/text_classification.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
+    python -m examples.text_classification --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --dataset_name PolyAI/banking77 --output_dir out
 
-    python examples/text_classification.py --model_name_or_path roberta-base \
-        --train_file train.csv --validation_file dev.csv --test_file test.csv --text_columns premise hypothesis \
+    python -m examples.text_classification --model_name_or_path bert-base-uncased --task_name mrpc --output_dir out
+
+    python -m examples.text_classification --model_name_or_path roberta-base \
+        --train_file train.csv --validation_file dev.csv --test_file test.csv --text_column_names premise hypothesis \
         --output_dir out --push_to_hub --hub_model_id me/roberta-base-my-task-mask
 
 Every argument of `transformers.TrainingArguments` works (`--num_train_epochs`, `--max_steps`, `--seed`, `--bf16`, ...);
@@ -14,34 +16,30 @@ asks for a mask of 50 kB.
 
 from __future__ import annotations
 
-import json
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import ClassLabel, Dataset, load_dataset
-from peft import get_peft_model
-from safetensors import safe_open
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
+from datasets import ClassLabel, Dataset
+from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
+
+from examples.common import (
+    LABEL_COLUMNS,
+    ScriptArguments,
+    Task,
+    check_columns,
+    choose_column,
+    choose_test_split,
+    label_names,
+    label_number,
+    logits_of,
+    run,
+    used_splits,
 )
 
-from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
-from peft_mask.training import HEAD_LR
-
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
-LABEL_COLUMNS = ("label", "labels", "intent", "category")
+GLUE = "nyu-mll/glue"
 # the names that the data sets of GLUE and many others use
 TEXT_COLUMNS = (
     ("text",),
@@ -56,205 +54,92 @@ TEXT_COLUMNS = (
 
 
 @dataclass
-class ScriptArguments:
-    """What `TrainingArguments` does not say."""
+class TextArguments(ScriptArguments):
+    """The arguments of this script."""
 
-    model_name_or_path: str = field(metadata={"help": "Encoder on the Hub, or a folder."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, such as mrpc of GLUE."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON or JSONL file, instead of a data set."})
-    validation_file: str | None = field(default=None, metadata={"help": "File for evaluation during training."})
-    test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
-    text_columns: list[str] | None = field(default=None, metadata={"help": "One column, or two for pairs."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
-    target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights to switch off."})
-    target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
+    task_name: str | None = field(
+        default=None, metadata={"help": "Task of GLUE, such as mrpc, in place of a data set."}
+    )
+    text_column_names: list[str] | None = field(default=None, metadata={"help": "One column, or two for pairs."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels."})
+
+    def __post_init__(self) -> None:
+        if self.task_name is not None and self.dataset_name is None:
+            self.dataset_name, self.dataset_config_name = GLUE, self.task_name
 
 
-def load_splits(arguments: ScriptArguments) -> dict[str, Dataset]:
-    """Load the splits of a data set of the Hub or of local files, by name.
+def text_columns(available: Sequence[str], given: Sequence[str] | None = None) -> list[str]:
+    """Return the text columns: those that are given, else those with a usual name.
 
     Raises:
-        ValueError: if neither a data set nor a train file is given, or both, or a file has an unknown type.
-        FileNotFoundError: if a file does not exist.
+        ValueError: if a given column does not exist, there are more than two, or none has a usual name.
     """
-    if (arguments.dataset_name is None) == (arguments.train_file is None):
-        raise ValueError("give either --dataset_name (a data set of the Hub) or --train_file (a local file).")
-    if arguments.dataset_name is not None:
-        return dict(load_dataset(arguments.dataset_name, arguments.dataset_config))
-    files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    splits = {}
-    for split, name in files.items():
-        if name is None:
-            continue
-        path = Path(name)
-        if path.suffix not in FILE_TYPES:
-            raise ValueError(f"--{split}_file {name}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
-        if not path.is_file():
-            raise FileNotFoundError(f"--{split}_file {name}: there is no such file (working directory {Path.cwd()}).")
-        splits[split] = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    return splits
-
-
-def choose_columns(
-    available: Sequence[str], text_columns: Sequence[str] | None = None, label_column: str | None = None
-) -> tuple[list[str], str]:
-    """Return the text columns and the label column: those that are given, else those with a usual name.
-
-    Raises:
-        ValueError: if a given column does not exist, or none has a usual name.
-    """
-    check_columns(available, [name for name in (*(text_columns or ()), label_column) if name])
-    if text_columns is None:
-        text_columns = next((names for names in TEXT_COLUMNS if set(names) <= set(available)), None)
-    if text_columns is None or not 1 <= len(text_columns) <= 2:
+    check_columns(available, given or ())
+    found = given or next((names for names in TEXT_COLUMNS if set(names) <= set(available)), ())
+    if not 1 <= len(found) <= 2:
         raise ValueError(
-            f"name one text column, or two for pairs, with --text_columns; the data have {list(available)}."
+            f"name one text column, or two for pairs, with --text_column_names; the data have {list(available)}."
         )
-    label_column = label_column or next((name for name in LABEL_COLUMNS if name in available), None)
-    if label_column is None:
-        raise ValueError(f"name the column of the labels with --label_column; the data have {list(available)}.")
-    return list(text_columns), label_column
-
-
-def check_columns(available: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise ValueError if a wanted column is not among the available ones."""
-    if unknown := [name for name in wanted if name not in available]:
-        raise ValueError(f"there is no column {unknown}; the data have {list(available)}.")
-
-
-def label_names(train: Dataset, column: str) -> list[str]:
-    """Return the names of the labels in the order of their numbers.
-
-    Raises:
-        ValueError: if the column holds numbers that are not whole: that is regression.
-    """
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    if feature.dtype.startswith("float"):
-        raise ValueError(f"column {column!r} holds {feature.dtype} numbers; classification needs classes.")
-    return [str(value) for value in sorted(train.unique(column))]
+    return list(found)
 
 
 def encode(
-    split: Dataset,
-    tokenizer: Any,
-    text_columns: Sequence[str],
-    label_column: str,
-    names: Sequence[str],
-    max_length: int,
+    split: Dataset, tokenizer: Any, columns: Sequence[str], label_column: str, names: Sequence[str], max_length: int
 ) -> Dataset:
     """Turn texts into token ids and labels into numbers.
 
     Raises:
         ValueError: if a column is missing, or a label does not occur in the training data.
     """
-    check_columns(split.column_names, [*text_columns, label_column])
+    check_columns(split.column_names, [*columns, label_column])
     numbers = {name: number for number, name in enumerate(names)}
     is_class = isinstance(split.features[label_column], ClassLabel)
 
     def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        labels = batch[label_column] if is_class else [numbers.get(str(value), -1) for value in batch[label_column]]
-        if min(labels) < 0:
-            value = batch[label_column][labels.index(min(labels))]
-            raise ValueError(f"column {label_column!r}: label {value!r} does not occur in the training data.")
-        tokens = tokenizer(*(batch[column] for column in text_columns), truncation=True, max_length=max_length)
-        return {**tokens, "labels": labels}
+        tokens = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+        labels = batch[label_column]
+        return {**tokens, "labels": labels if is_class else [label_number(x, numbers, label_column) for x in labels]}
 
     return split.map(encode_batch, batched=True, remove_columns=split.column_names)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the fraction of texts whose largest logit is that of their label."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.asarray(logits).argmax(-1) == prediction.label_ids).mean())}
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the accuracy, Matthews' correlation (the metric of CoLA) and, of two classes, the F1 of the second."""
+    logits, labels = logits_of(prediction), prediction.label_ids
+    predicted = np.asarray(logits).argmax(-1)
+    figures = {
+        "accuracy": float((predicted == labels).mean()),
+        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
+    if logits.shape[-1] == 2:
+        figures["f1"] = float(f1_score(labels, predicted, zero_division=0.0))
+    return figures
 
 
-def file_bytes(file: Path, head: Collection[str]) -> tuple[int, int]:
-    """Return the size of a safetensors file as (bytes without the head, bytes of the head's tensors).
+def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: TextArguments, seed: int) -> Task:
+    """Make the task of the splits.
 
-    Args:
-        file: what `save_pretrained` wrote.
-        head: names of the head's modules, such as `["classifier"]`.
+    Raises:
+        ValueError: if a column is missing, or a label does not occur in the training data.
     """
-    with safe_open(file, framework="pt") as tensors:
-        head_keys = [key for key in tensors.keys() if not set(head).isdisjoint(key.split("."))]  # noqa: SIM118 no mapping
-        head_bytes = sum(tensors.get_tensor(key).nbytes for key in head_keys)
-    return file.stat().st_size - head_bytes, head_bytes
-
-
-def choose_test_split(splits: dict[str, Dataset], label_column: str, seed: int) -> str:
-    """Return the name of the split to score at the end; if none has labels, hold out a tenth of the training rows."""
-    for name in ("test", "validation", "validation_matched"):
-        if name in splits and label_column in splits[name].features and min(splits[name][label_column]) != -1:
-            return name  # GLUE publishes its test labels as -1
-    splits.update(splits["train"].train_test_split(test_size=0.1, seed=seed))
-    print("no labelled test or validation split: a tenth of the training rows is held out for the test.")
-    return "test"
+    train = splits["train"]
+    columns = text_columns(train.column_names, arguments.text_column_names)
+    label_column = choose_column(train.column_names, arguments.label_column_name, LABEL_COLUMNS, "label_column_name")
+    names = label_names(train.features[label_column], train.unique(label_column), label_column)
+    test = choose_test_split(splits, label_column, seed)
+    data = {
+        name: encode(splits[name], tokenizer, columns, label_column, names, arguments.max_seq_length)
+        for name in used_splits(splits, test)
+    }
+    collator = DataCollatorWithPadding(tokenizer)
+    return Task(
+        AutoModelForSequenceClassification, "SEQ_CLS", data, test, collator, metrics, names, "text-classification"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train a mask as the arguments say, save it, and return the figures that are printed."""
-    parser = HfArgumentParser(
-        (ScriptArguments, TrainingArguments), description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.set_defaults(learning_rate=HEAD_LR, per_device_train_batch_size=32, per_device_eval_batch_size=64)
-    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
-    arguments, training_arguments = parser.parse_args_into_dataclasses(args=argv)
-    set_seed(training_arguments.seed)
-
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
-    try:
-        splits = load_splits(arguments)
-        columns, label_column = choose_columns(
-            splits["train"].column_names, arguments.text_columns, arguments.label_column
-        )
-        names = label_names(splits["train"], label_column)
-        test = choose_test_split(splits, label_column, training_arguments.seed)
-        data = {
-            name: encode(splits[name], tokenizer, columns, label_column, names, arguments.max_length)
-            for name in {"train", "validation", test} & set(splits)
-        }
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-
-    base = AutoModelForSequenceClassification.from_pretrained(
-        arguments.model_name_or_path,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
-    budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
-    try:
-        model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", **budget))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    optimizer = create_mask_optimizer(model, lr=training_arguments.learning_rate)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=data["train"],
-        eval_dataset=data.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
-        optimizers=(optimizer, None),  # None: the schedule of the arguments
-        callbacks=[MaskCallback()],
-    )
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
-    scored = trainer.evaluate(data[test], metric_key_prefix="test")
-
-    output = Path(training_arguments.output_dir)
-    trainer.save_model()
-    (output / "labels.json").write_text(json.dumps(names), encoding="utf-8")  # an adapter does not name its labels
-    mask, head = file_bytes(output / "adapter_model.safetensors", model.peft_config["default"].modules_to_save)
-    print(f"{test} accuracy {scored['test_accuracy']:.4f} on {len(data[test])} texts")
-    print(f"{output}: mask {mask:,} bytes, head {head:,} bytes")
-    if training_arguments.push_to_hub:
-        trainer.push_to_hub(tasks="text-classification", dataset=arguments.dataset_name)
-    return {"accuracy": scored["test_accuracy"], "mask_bytes": mask, "head_bytes": head}
+    return run(TextArguments, __doc__, prepare, argv)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class MaskConfig(PeftConfig):
         layers_to_transform: index or indices of the blocks to mask; by default all.
         layers_pattern: name of the `ModuleList` that holds the blocks, if it is not found by itself.
         modules_to_save: modules trained and saved whole beside the masks. For sequence classification, token
-            classification and question answering the whole task head is added: everything outside the backbone.
+            classification, question answering and multiple choice (for which PEFT has no task type) the whole task head
+            is added: everything outside the backbone.
         head: `"trained"`, or the paper's `"masked"`: the whole task head, which the base model has no weights for, is
             overwritten with random ones (`head.random_weight`), frozen, and its linear layers are masked, whatever
             `target_modules` says, and so is a pooler before it, whatever `layers_to_transform` says. Nothing but masks

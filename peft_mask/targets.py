@@ -36,7 +36,7 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
         config.modules_to_save = [
             name for name in config.modules_to_save or [] if not any(part.endswith(name) for part in inside)
         ]
-    elif config.task_type in TASKS_WITH_HEAD:
+    elif config.task_type in TASKS_WITH_HEAD or is_multiple_choice(model):
         missing = [name for name in config.head_names if name not in (config.modules_to_save or [])]
         config.modules_to_save = [*(config.modules_to_save or []), *missing]
     if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
@@ -190,6 +190,11 @@ def head_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def is_multiple_choice(model: nn.Module) -> bool:
+    """Return whether a transformers model chooses one of several texts; PEFT has no task type for such models."""
+    return type(model).__name__.endswith("ForMultipleChoice")
 
 
 def attention_head_size(model: nn.Module) -> int | None:

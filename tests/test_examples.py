@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from examples import text_classification
+from examples import common, text_classification
 from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
@@ -24,26 +24,6 @@ from peft_mask.training import HEAD_LR
 SPLITS = ("train", "test")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT of two layers of width 32 that spells its words."""
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=60,
-        max_position_embeddings=512,
-    )
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
-
 
 ROWS = [{"text": f"{word} {i}", "label": label} for i in range(12) for word, label in (("cat", "pet"), ("oak", "tree"))]
 
@@ -94,14 +74,17 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
         (["--dataset_name", "a/b", "--train_file", "x.csv"], r"give either --dataset_name .* or --train_file"),
         (["--train_file", "gone.csv"], r"--train_file gone.csv: there is no such file"),
         (["--train_file", "table.xlsx"], r"--train_file table.xlsx: expected a file that ends in one of .csv"),
-        (["--train_file", "TRAIN", "--text_columns", "body"], r"there is no column \['body'\]; .*\['text', 'label'\]"),
-        (["--train_file", "TRAIN", "--label_column", "klass"], r"there is no column \['klass'\]"),
         (
-            ["--train_file", "TRAIN", "--text_columns", "text", "label", "text"],
+            ["--train_file", "TRAIN", "--text_column_names", "body"],
+            r"there is no column \['body'\]; .*\['text', 'label'\]",
+        ),
+        (["--train_file", "TRAIN", "--label_column_name", "klass"], r"there is no column \['klass'\]"),
+        (
+            ["--train_file", "TRAIN", "--text_column_names", "text", "label", "text"],
             r"name one text column, or two for pairs",
         ),
-        (["--train_file", "NO_LABEL"], r"name the column of the labels with --label_column"),
-        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_columns"),
+        (["--train_file", "NO_LABEL"], r"name the column with --label_column_name"),
+        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_column_names"),
         (["--train_file", "TRAIN", "--test_file", "NEW_LABEL"], r"label 'fish' does not occur in the training data"),
         (["--train_file", "TRAIN", "--validation_file", "NO_LABEL"], r"there is no column \['label'\]"),
         (["--train_file", "TRAIN", "--target_bytes", "10"], r"target_bytes=10 is out of reach: .* take from \d+ bytes"),
@@ -124,14 +107,14 @@ def test_script_says_what_is_wrong_with_the_input(tiny_bert, tmp_path, arguments
 def test_class_labels_keep_their_own_order():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["tree", "pet"])})
     train = Dataset.from_dict({"text": ["oak", "cat"], "label": [0, 1]}, features=features)
-    assert text_classification.label_names(train, "label") == ["tree", "pet"]
+    assert common.label_names(train.features["label"], {0, 1}, "label") == ["tree", "pet"]
 
 
 def test_hidden_test_labels_are_not_scored():
     hidden = Dataset.from_dict({"text": ["cat"], "label": [-1]})
     known = Dataset.from_dict({"text": ["cat"], "label": [0]})
     splits = {"train": known, "validation": known, "test": hidden}
-    assert text_classification.choose_test_split(splits, "label", seed=0) == "validation"
+    assert common.choose_test_split(splits, "label", seed=0) == "validation"
 
 
 @pytest.fixture

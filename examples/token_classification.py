@@ -1,0 +1,120 @@
+"""Learn a mask for tagging words, such as parts of speech or named entities, with any encoder.
+
+    python -m examples.token_classification --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
+        --train_file examples/data/wnut17/train.conll --test_file examples/data/wnut17/test.conll --output_dir out
+
+A file is in CoNLL columns (token first, tag last, a blank line between sentences) or JSON lines with a list of words
+and one of tags; `--dataset_name` takes a data set of the Hub. The last piece of each word carries its tag, as in the
+paper. Printed are the accuracy over words and, if tags are BIO, the F1 of spans, computed as seqeval does by default.
+Every argument of `transformers.TrainingArguments` works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction
+
+from examples.common import (
+    ScriptArguments,
+    Task,
+    check_columns,
+    choose_column,
+    choose_test_split,
+    label_names,
+    label_number,
+    logits_of,
+    run,
+    used_splits,
+)
+from examples.tagging import IGNORED, label_last_pieces, span_f1, token_accuracy
+
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels", "upos")
+
+
+@dataclass
+class TagArguments(ScriptArguments):
+    """The arguments of this script."""
+
+    text_column_name: str | None = field(default=None, metadata={"help": "Column of the lists of words."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the lists of tags."})
+
+
+def encode(
+    split: Dataset, tokenizer: Any, word_column: str, tag_column: str, names: Sequence[str], max_length: int
+) -> Dataset:
+    """Turn words into pieces and tags into numbers, that of a word on its last piece.
+
+    Raises:
+        ValueError: if a column is missing, or a tag does not occur in the training data.
+    """
+    check_columns(split.column_names, [word_column, tag_column])
+    numbers = {name: number for number, name in enumerate(names)}
+    is_class = isinstance(split.features[tag_column].feature, ClassLabel)
+
+    def encode_batch(batch: Any) -> dict[str, list[Any]]:
+        pieces = tokenizer(batch[word_column], is_split_into_words=True, truncation=True, max_length=max_length)
+        labels = []
+        for row, tags in enumerate(batch[tag_column]):
+            known = tags if is_class else [label_number(tag, numbers, tag_column) for tag in tags]
+            labels.append(label_last_pieces(pieces.word_ids(row), known))
+        return {**pieces, "labels": labels}
+
+    return split.map(encode_batch, batched=True, remove_columns=split.column_names)
+
+
+def metrics_of(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function that scores tags of these names: accuracy over words and, if they are BIO, F1 of spans."""
+    is_bio = all(name == "O" or name[:2] in ("B-", "I-") for name in names)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        gold, predicted = [], []
+        for labels, logits in zip(prediction.label_ids, logits_of(prediction), strict=True):
+            kept = labels != IGNORED
+            gold.append([names[number] for number in labels[kept]])
+            predicted.append([names[number] for number in logits[kept].argmax(-1)])
+        figures = {"accuracy": token_accuracy(gold, predicted)}
+        return {**figures, "f1": span_f1(gold, predicted)} if is_bio else figures
+
+    return metrics
+
+
+def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: TagArguments, seed: int) -> Task:
+    """Make the task of the splits.
+
+    Raises:
+        ValueError: if a column is missing, or a tag does not occur in the training data.
+    """
+    train = splits["train"]
+    words = choose_column(train.column_names, arguments.text_column_name, WORD_COLUMNS, "text_column_name")
+    tags = choose_column(train.column_names, arguments.label_column_name, TAG_COLUMNS, "label_column_name")
+    names = label_names(train.features[tags].feature, {tag for row in train[tags] for tag in row}, tags)
+    test = choose_test_split(splits, tags, seed)
+    data = {
+        name: encode(splits[name], tokenizer, words, tags, names, arguments.max_seq_length)
+        for name in used_splits(splits, test)
+    }
+    collator = DataCollatorForTokenClassification(tokenizer)
+    return Task(
+        AutoModelForTokenClassification,
+        "TOKEN_CLS",
+        data,
+        test,
+        collator,
+        metrics_of(names),
+        names,
+        "token-classification",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train a mask as the arguments say, save it, and return the figures that are printed."""
+    return run(TagArguments, __doc__, prepare, argv)
+
+
+if __name__ == "__main__":
+    main()
