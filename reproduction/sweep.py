@@ -13,7 +13,7 @@ from benchmarks.accuracy.training import Method
 from reproduction.models import Models, paper
 from reproduction.scale import Scale
 
-TRIES = (1e-3, 3e-3, 1e-2)
+TRIES = (1e-3, 3e-3)
 NOTE = (
     f"The paper's setting with a trained head. Dev chooses each variant's rate, one run each of "
     f"{', '.join(f'{lr:g}' for lr in TRIES)}; test is scored once a seed. Flipped: weights whose mask is another than "
