@@ -25,7 +25,7 @@ DIRECTIONS = ("bottom-up", "top-down")
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     blocks = AutoConfig.from_pretrained(models.setting.model).num_hidden_layers
     variants = {}
-    for k in (2**i for i in range(blocks.bit_length()) if 2**i < blocks):
+    for k in scale.blocks or [2**i for i in range(blocks.bit_length()) if 2**i < blocks]:
         variants[f"bottom-up {k}"] = variant(f"bottom{k}", layers_to_transform=list(range(k)))
         variants[f"top-down {k}"] = variant(f"top{k}", layers_to_transform=list(range(blocks - k, blocks)))
     variants[f"all {blocks}"] = at_start(0.05)  # which the sweep over sparsities trains as well

@@ -16,7 +16,6 @@ TITLE = "Initial sparsity: test accuracy"
 NOTE = (
     f"Scores start as U(-0.02, s) around the threshold 0.01; s makes the share that is off at the start. {SWEEP_NOTE}"
 )
-SPARSITIES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 0.95)
 
 
 def at_start(sparsity: float) -> Method:
@@ -24,7 +23,7 @@ def at_start(sparsity: float) -> Method:
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    return {"rows": sweep(models, {f"{p:.0%}": at_start(p) for p in SPARSITIES}, scale)}
+    return {"rows": sweep(models, {f"{p:.0%}": at_start(p) for p in scale.sparsities}, scale)}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

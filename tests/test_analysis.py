@@ -437,6 +437,18 @@ def test_accuracy_counts_what_is_right_among_what_counts():
         logits_of(Says([[[1.0, 0.0]]]), rows_of(0))
 
 
+def test_of_a_tagger_the_tokens_with_a_label_are_the_examples():
+    logits = torch.arange(12.0).view(2, 3, 2)
+    labels = torch.tensor([[-100, 1, -100], [0, 1, -100]])
+    tagged = [{"input_ids": torch.arange(2), "labels": labels}]
+    assert logits_of(Says(logits.tolist()), tagged).tolist() == [[2.0, 3.0], [6.0, 7.0], [8.0, 9.0]]
+    assert labels_of(tagged).tolist() == [1, 0, 1]
+    assert accuracy(Says(logits.tolist()), tagged) == 2 / 3
+    language_model = tiny_model("bert", "lm")
+    with pytest.raises(ValueError, match=r"or of a tagger \(examples, tokens, classes\)"):
+        logits_of(language_model, [tiny_inputs(language_model, labels=True)])
+
+
 def test_generalization_is_measured_against_the_most_common_label():
     models = {"a": Says([[1.0, 0.0]] * 4), "b": lambda: Says([[0.0, 1.0]] * 4)}
     rows = generalization(models, {"a": rows_of(0, 0, 0, 1), "b": rows_of(1, 1)})
@@ -612,28 +624,31 @@ def test_ends_that_do_not_fit_and_curves_that_cannot_be_trained_are_refused():
 # ---- ensembles ----
 
 
-def several(tmp_path, count=3):
+def several(tmp_path, count=3, head="seq_cls"):
     """One base model with masks and heads of several seeds loaded into it, and each loaded alone."""
     alone = []
     for seed in range(count):
-        model = masked(seed)
+        config = MaskConfig(task_type=head.upper(), seed=seed, **RANDOM)
+        model = get_peft_model(tiny_model("bert", head), config)
         nn.init.normal_(model.get_base_model().classifier.modules_to_save["default"].weight, std=seed + 1.0)
         model.save_pretrained(tmp_path / str(seed))
-        alone.append(PeftModel.from_pretrained(tiny_model("bert"), tmp_path / str(seed)).eval())
-    together = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "0", adapter_name="0")
+        alone.append(PeftModel.from_pretrained(tiny_model("bert", head), tmp_path / str(seed)).eval())
+    together = PeftModel.from_pretrained(tiny_model("bert", head), tmp_path / "0", adapter_name="0")
     for seed in range(1, count):
         together.load_adapter(tmp_path / str(seed), str(seed))
     return together, alone
 
 
-def test_adapters_of_one_base_say_what_each_says_alone(tmp_path):
-    together, alone = several(tmp_path)
+@pytest.mark.parametrize("head", ["seq_cls", "token_cls"])
+def test_adapters_of_one_base_say_what_each_says_alone(tmp_path, head):
+    together, alone = several(tmp_path, head=head)
     rows = batches(together)
     before = {name: tensor.clone() for name, tensor in together.state_dict().items()}
     logits = adapter_logits(together, ["0", "1", "2"], rows)
     expected = torch.stack([logits_of(model, rows) for model in alone])
     assert torch.allclose(logits, expected, atol=1e-6)
     assert not torch.equal(logits[0], logits[1])
+    assert len(ensemble_table(logits, labels_of(rows))) == 3 + 1 + 3
     assert together.active_adapters == ["0"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in together.state_dict().items())
 

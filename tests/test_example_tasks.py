@@ -20,6 +20,7 @@ from examples import common, multiple_choice, question_answering, text_classific
 from examples.question_answering import AnswerArguments
 from examples.tagging import IGNORED
 from peft_mask import MaskConfig
+from peft_mask.analysis import adapter_logits, ensemble, labels_of
 from tests.test_examples import write_jsonl
 
 CONTEXT = "a cat sat on the old oak in may"
@@ -202,3 +203,16 @@ def test_a_tag_that_was_never_seen_is_named(tiny_bert, tmp_path: Path):
             train_file=TAGS,
             test_file=[{"tokens": ["cat"], "ner_tags": ["B-bird"]}],
         )
+
+
+def test_snapshots_of_a_cyclic_learning_rate_make_an_ensemble(tiny_bert, tmp_path):
+    cycles = ["--lr_scheduler_type", "cosine_with_restarts", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    run(token_classification, tiny_bert, tmp_path, *cycles, "--save_steps", "1", train_file=TAGS, test_file=TAGS)
+    base = AutoModelForTokenClassification.from_pretrained(tiny_bert, num_labels=3)
+    model = PeftModel.from_pretrained(base, tmp_path / "checkpoint-1", adapter_name="1")
+    model.load_adapter(tmp_path / "checkpoint-2", "2")
+    rows = [{"input_ids": torch.arange(5, 9)[None], "labels": torch.tensor([[0, 1, IGNORED, 2]])}]
+    logits = adapter_logits(model, ["1", "2"], rows)
+    assert logits.shape == (2, 3, 3)
+    assert not torch.equal(*logits)
+    assert ensemble(logits, "labels").shape == labels_of(rows).shape

@@ -46,20 +46,10 @@ def rows_of(name, count=40):
 def run(name, encoder, folder, *more):
     for split in ("train", "validation"):
         write_jsonl(folder / f"{split}.jsonl", rows_of(name))
-    options = [
-        "--task",
-        name,
-        "--model_name_or_path",
-        encoder,
-        "--data",
-        str(folder),
-        "--output_dir",
-        str(folder / "out"),
-    ]
+    places = ["--model_name_or_path", encoder, "--data", str(folder), "--output_dir", str(folder / "out")]
     short = ["--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "8"]
-    return paper.main(
-        ["--task", name, *places, *short, "--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", *more]
-    )
+    quiet = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+    return paper.main(["--task", name, *places, *short, *quiet, *more])
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name not in ("mrpc", "ner", "swag")]

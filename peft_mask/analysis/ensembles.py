@@ -26,11 +26,12 @@ def adapter_logits(model: PeftModel, adapters: Sequence[str], batches: Sequence[
     Args:
         model: a PEFT model with these masks loaded.
         adapters: their names.
-        batches: keyword arguments of the model; `labels` are left out.
+        batches: as for `logits_of`.
 
     Returns:
-        float32 of shape (adapters, examples, classes) on the CPU. Afterwards the same adapters are active as before,
-        and nothing is merged: every base weight is bit for bit what it was.
+        float32 of shape (adapters, examples, classes) on the CPU; of taggers, an example is a token with a label.
+        Afterwards the same adapters are active as before, and nothing is merged: every base weight is bit for bit what
+        it was.
 
     Raises:
         ValueError: if there is no adapter of a name, or something is merged already.

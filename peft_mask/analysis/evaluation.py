@@ -14,24 +14,30 @@ IGNORED = -100  # a label that does not count
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Compute the logits of all examples.
+    """Compute the logits of all examples; of a tagger, of all tokens with a label.
 
     Args:
-        model: a model whose output has `logits` of shape (examples, classes); it is put into eval mode.
-        batches: keyword arguments of the model; `labels` are left out.
+        model: a model whose output has `logits` of shape (examples, classes), or (examples, tokens, classes) for labels
+            of shape (examples, tokens); it is put into eval mode.
+        batches: keyword arguments of the model; `labels` are not given to it.
 
     Returns:
-        float32 of shape (examples, classes) on the CPU, in the order of the batches.
+        float32 of shape (examples, classes), or (labelled tokens, classes), on the CPU, in the order of the batches.
 
     Raises:
-        ValueError: if the model does not classify whole examples, or there are none.
+        ValueError: if the model classifies neither examples nor tokens, or there are none.
     """
     model.eval()
     found = []
     for batch in batches:
         logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        if _are_tags(logits, batch.get("labels"), model):
+            logits = logits[batch["labels"] != IGNORED]
         if logits.dim() != 2:
-            raise ValueError(f"expected logits of shape (examples, classes), got {tuple(logits.shape)}.")
+            raise ValueError(
+                "expected logits of shape (examples, classes), or of a tagger (examples, tokens, classes) with a label "
+                f"a token, got {tuple(logits.shape)}."
+            )
         found.append(logits.float().cpu())
     if not found:
         raise ValueError("there are no batches to evaluate.")
@@ -39,8 +45,15 @@ def logits_of(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def labels_of(batches: Iterable[Batch]) -> Tensor:
-    """Return the labels of all examples, int64 on the CPU, in the order of the batches."""
-    return torch.cat([batch["labels"].cpu() for batch in batches])
+    """Return the labels of all examples, of a tagger of all tokens with one: int64, on the CPU, in that order."""
+    found = [batch["labels"].cpu() for batch in batches]
+    return torch.cat([labels if labels.dim() == 1 else labels[labels != IGNORED] for labels in found])
+
+
+def _are_tags(logits: Tensor, labels: Tensor | None, model: nn.Module) -> bool:
+    """Whether there is a label a token; a language model has as many, but its classes are words, and it shifts them."""
+    classes = getattr(getattr(model, "config", None), "num_labels", logits.shape[-1])
+    return labels is not None and labels.dim() == 2 and logits.shape == (*labels.shape, classes)
 
 
 def share_right(predicted: Tensor, labels: Tensor) -> float:
