@@ -1,5 +1,6 @@
 """The scripts for tagging, multiple choice and question answering: what they encode, how they score, what they save."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     EvalPrediction,
@@ -216,3 +218,26 @@ def test_snapshots_of_a_cyclic_learning_rate_make_an_ensemble(tiny_bert, tmp_pat
     assert logits.shape == (2, 3, 3)
     assert not torch.equal(*logits)
     assert ensemble(logits, "labels").shape == labels_of(rows).shape
+
+
+def test_what_the_readme_shows_loads_and_predicts(tiny_bert, tmp_path, monkeypatch, capsys):
+    heads = {
+        "out": (AutoModelForSequenceClassification, "SEQ_CLS", ["pet", "tree", "fish"]),
+        "tags": (AutoModelForTokenClassification, "TOKEN_CLS", ["O", "B-x", "I-x"]),
+        "choice": (AutoModelForMultipleChoice, None, []),
+        "answers": (AutoModelForQuestionAnswering, "QUESTION_ANS", []),
+    }
+    for name, (auto, task_type, labels) in heads.items():
+        base = auto.from_pretrained(tiny_bert, **({"num_labels": 3} if labels else {}))
+        get_peft_model(base, MaskConfig(task_type=task_type)).save_pretrained(tmp_path / name)
+        (tmp_path / name / "labels.json").write_text(json.dumps(labels))
+    text = Path(common.__file__).with_name("README.md").read_text("utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    monkeypatch.chdir(tmp_path)
+    source = "".join(blocks[:2]).replace("sentence-transformers/all-MiniLM-L6-v2", tiny_bert)
+    exec(compile(source, "examples/README.md", "exec"), {})
+    first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first in heads["out"][2]
+    assert {tag for _, tag in eval(second)} <= {"O", "B-x", "I-x"}
+    assert [word for word, _ in eval(second)] == ["Ada", "lives", "in", "Turin"]
+    assert third in ("It is orange.", "It does not taste good there.")
