@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +36,7 @@ from transformers import (
     set_seed,
 )
 
+from examples.common import load_file
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -69,12 +70,7 @@ def load_texts(option: str, name: str, column: str) -> Dataset:
         FileNotFoundError: if it does not exist.
         ValueError: if its type is unknown, or the column is missing or holds something else than texts.
     """
-    path = Path(name)
-    if path.suffix not in FILE_TYPES:
-        raise ValueError(f"--{option} {name}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"--{option} {name}: there is no such file (working directory {Path.cwd()}).")
-    rows = load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    rows = load_file(option, name, FILE_TYPES)
     if column not in rows.column_names:
         raise ValueError(f"{name}: there is no column {column!r}, the file has {rows.column_names}; see --text_column.")
     if (kind := getattr(rows.features[column], "dtype", "lists")) not in ("string", "large_string"):

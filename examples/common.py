@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,22 +92,27 @@ def parse(kind: type[Arguments], description: str, argv: Sequence[str] | None) -
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def load_file(option: str, name: str) -> Dataset:
+def load_file(option: str, name: str, types: Mapping[str, str] = FILE_TYPES) -> Dataset:
     """Load a file of rows; one in CoNLL columns has `tokens` and, from its last column, `tags`.
+
+    Args:
+        option: of the command line, which an error names.
+        name: the file.
+        types: endings of files, and what `datasets` calls their type.
 
     Raises:
         ValueError: if the type of the file is unknown.
         FileNotFoundError: if it does not exist.
     """
     path = Path(name)
-    if path.suffix not in FILE_TYPES:
-        raise ValueError(f"--{option} {name}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
+    if path.suffix not in types:
+        raise ValueError(f"--{option} {name}: expected a file that ends in one of {', '.join(types)}.")
     if not path.is_file():
         raise FileNotFoundError(f"--{option} {name}: there is no such file (working directory {Path.cwd()}).")
-    if FILE_TYPES[path.suffix] == "columns":
+    if types[path.suffix] == "columns":
         pairs = [tuple(zip(*sentence, strict=True)) for sentence in read_columns(path)]
         return Dataset.from_list([{"tokens": list(words), "tags": list(tags)} for words, tags in pairs])
-    return load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
+    return load_dataset(types[path.suffix], data_files=str(path), split="train")
 
 
 def load_splits(arguments: ScriptArguments) -> dict[str, Dataset]:
