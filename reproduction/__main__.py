@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(Scale.tasks), metavar="TASK", help="of a sweep"
     )
+    parser.add_argument("--rates", type=float, nargs="+", default=list(Scale.rates), help="to choose from in a sweep")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(Scale.sparsities), help="at the start")
     parser.add_argument("--blocks", type=int, nargs="+", help="how many are masked; by default powers of two, and all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finetuned_seeds=tuple(options.finetuned_seeds),
         every=options.every,
         tasks=tuple(options.tasks),
+        rates=tuple(options.rates),
         sparsities=tuple(options.sparsities),
         blocks=options.blocks and tuple(options.blocks),
     )

@@ -18,6 +18,7 @@ class Scale:
         finetuned_seeds: of the models beside it.
         every: steps between two snapshots of masks.
         tasks: of a sweep.
+        rates: learning rates of the scores, among which development data choose in a sweep.
         sparsities: fractions of zeros at the start, of the sweep over them.
         blocks: how many blocks are masked, in the sweep over them; by default powers of two.
     """
@@ -30,5 +31,6 @@ class Scale:
     finetuned_seeds: tuple[int, ...] = (0,)
     every: int = 15
     tasks: tuple[str, ...] = ("ud_ewt_pos",)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
     sparsities: tuple[float, ...] = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 0.95)
     blocks: tuple[int, ...] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,11 +14,9 @@ from benchmarks.accuracy.training import Method
 from reproduction.models import Models, paper
 from reproduction.scale import Scale
 
-TRIES = (1e-3, 3e-3)
 NOTE = (
-    f"The paper's setting with a trained head. Dev chooses each variant's rate, one run each of "
-    f"{', '.join(f'{lr:g}' for lr in TRIES)}; test is scored once a seed. Flipped: weights whose mask is another than "
-    "at the start."
+    "The paper's setting with a trained head. Dev chooses among the same rates for each variant, one run each; test is "
+    "scored once a seed. Flipped: weights whose mask is another than at the start."
 )
 
 
@@ -25,7 +24,7 @@ def variant(name: str, **fields: Any) -> Method:
     """The paper's setting with other `fields` of `MaskConfig`, as a method whose rate is to be chosen."""
     told = "".join(f", {field}={value}" for field, value in fields.items())
     note = f"MaskConfig.paper(head='trained'{told}), AdamW; {HEAD_NOTE}"
-    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, TRIES)
+    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, Scale.rates)
 
 
 def sweep(models: Models, variants: Mapping[str, Method], scale: Scale) -> list[dict[str, Any]]:
@@ -35,7 +34,8 @@ def sweep(models: Models, variants: Mapping[str, Method], scale: Scale) -> list[
     variants comes before the second of any.
     """
     tasks = [TASKS[name] for name in scale.tasks]
-    pairs = [(task, name, method, models.steps or task.steps) for task in tasks for name, method in variants.items()]
+    methods = {name: replace(method, lrs=scale.rates) for name, method in variants.items()}
+    pairs = [(task, name, method, models.steps or task.steps) for task in tasks for name, method in methods.items()]
     progress = Progress()
     progress.left = sum(
         unfinished_steps(task, method, scale.seeds, models.folder, steps) for task, _, method, steps in pairs

@@ -1,7 +1,6 @@
 """The studies, end to end on a tiny random model and a few made-up rows."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,8 +87,8 @@ def test_a_model_whose_parameters_are_gone_is_trained_again_to_the_same(data, mo
 
 def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_was(data, model, tmp_path, monkeypatch):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
-    variants = {name: replace(sparsity.at_start(p), lrs=(1e-3, 1.0)) for name, p in (("few", 0.05), ("many", 0.5))}
-    one = sweep(models, variants, Scale(tasks=("trec",), seeds=(0,)))
+    variants = {name: sparsity.at_start(p) for name, p in (("few", 0.05), ("many", 0.5))}
+    one = sweep(models, variants, Scale(tasks=("trec",), seeds=(0,), rates=(1e-3, 1.0)))
     trained: list[tuple[str, int]] = []
 
     def train(task, method, lr, seed, *more):
@@ -98,7 +97,7 @@ def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_wa
 
     real = training.train
     monkeypatch.setattr(training, "train", train)
-    two = sweep(models, variants, Scale(tasks=("trec",), seeds=(0, 1)))
+    two = sweep(models, variants, Scale(tasks=("trec",), seeds=(0, 1), rates=(1e-3, 1.0)))
     assert trained == [("paper-0.05", 1), ("paper-0.5", 1)], "the chosen rate of each, and nothing twice"
     for first, both in zip(one, two, strict=True):
         dev = dict(part.split(": ") for part in first["dev at each rate"].split(", "))
