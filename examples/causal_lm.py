@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from examples.common import load_file
+from examples.script import load_file
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}

@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, EvalPrediction
 
-from examples.common import ScriptArguments, Task, check_columns, choose_test_split, logits_of, run, used_splits
+from examples.script import ScriptArguments, Task, check_columns, choose_test_split, logits_of, run, used_splits
 
 
 def pairs(row: dict[str, Any]) -> tuple[list[str], list[str]]:

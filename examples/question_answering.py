@@ -26,7 +26,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
-from examples.common import ScriptArguments, Task, check_columns, choose_test_split, run, used_splits
+from examples.script import ScriptArguments, Task, check_columns, choose_test_split, run, used_splits
 
 COLUMNS = ("question", "context", "answers")
 

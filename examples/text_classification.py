@@ -25,7 +25,7 @@ from datasets import ClassLabel, Dataset
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from examples.common import (
+from examples.script import (
     LABEL_COLUMNS,
     ScriptArguments,
     Task,

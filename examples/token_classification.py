@@ -18,7 +18,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction
 
-from examples.common import (
+from examples.script import (
     ScriptArguments,
     Task,
     check_columns,

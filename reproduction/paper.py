@@ -36,7 +36,7 @@ from transformers import (
 
 from benchmarks.accuracy.runs import environment
 from examples import multiple_choice, text_classification, token_classification
-from examples.common import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
+from examples.script import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
 from examples.text_classification import TextArguments
 from examples.token_classification import TagArguments
 from peft_mask import MaskConfig, create_mask_optimizer

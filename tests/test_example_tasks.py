@@ -18,7 +18,8 @@ from transformers import (
     EvalPrediction,
 )
 
-from examples import common, multiple_choice, question_answering, text_classification, token_classification
+from examples import multiple_choice, question_answering, text_classification, token_classification
+from examples import script as shared
 from examples.question_answering import AnswerArguments
 from examples.tagging import IGNORED
 from peft_mask import MaskConfig
@@ -105,7 +106,7 @@ def test_tags_are_scored_as_words_and_as_spans():
 
 def test_columns_of_conll_are_words_and_tags(tmp_path):
     (tmp_path / "a.conll").write_text("a\tX\nb\tY\n\nc\tX\n", encoding="utf-8")
-    assert common.load_file("train_file", str(tmp_path / "a.conll"))[:] == {
+    assert shared.load_file("train_file", str(tmp_path / "a.conll"))[:] == {
         "tokens": [["a", "b"], ["c"]],
         "tags": [["X", "Y"], ["X"]],
     }
@@ -126,8 +127,8 @@ def test_two_classes_have_an_f1_and_all_have_a_correlation():
 
 def test_a_task_of_glue_is_asked_for_by_its_name(monkeypatch):
     asked = []
-    monkeypatch.setattr(common, "load_dataset", lambda *names, revision: asked.append(names) or {})
-    common.load_splits(text_classification.TextArguments("model", task_name="mrpc"))
+    monkeypatch.setattr(shared, "load_dataset", lambda *names, revision: asked.append(names) or {})
+    shared.load_splits(text_classification.TextArguments("model", task_name="mrpc"))
     assert asked == [("nyu-mll/glue", "mrpc")]
 
 
@@ -231,7 +232,7 @@ def test_what_the_readme_shows_loads_and_predicts(tiny_bert, tmp_path, monkeypat
         base = auto.from_pretrained(tiny_bert, **({"num_labels": 3} if labels else {}))
         get_peft_model(base, MaskConfig(task_type=task_type)).save_pretrained(tmp_path / name)
         (tmp_path / name / "labels.json").write_text(json.dumps(labels))
-    text = Path(common.__file__).with_name("README.md").read_text("utf-8")
+    text = Path(shared.__file__).with_name("README.md").read_text("utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     monkeypatch.chdir(tmp_path)
     source = "".join(blocks[:2]).replace("sentence-transformers/all-MiniLM-L6-v2", tiny_bert)

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from examples import common, text_classification
+from examples import script, text_classification
 from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
@@ -107,14 +107,14 @@ def test_script_says_what_is_wrong_with_the_input(tiny_bert, tmp_path, arguments
 def test_class_labels_keep_their_own_order():
     features = Features({"text": Value("string"), "label": ClassLabel(names=["tree", "pet"])})
     train = Dataset.from_dict({"text": ["oak", "cat"], "label": [0, 1]}, features=features)
-    assert common.label_names(train.features["label"], {0, 1}, "label") == ["tree", "pet"]
+    assert script.label_names(train.features["label"], {0, 1}, "label") == ["tree", "pet"]
 
 
 def test_hidden_test_labels_are_not_scored():
     hidden = Dataset.from_dict({"text": ["cat"], "label": [-1]})
     known = Dataset.from_dict({"text": ["cat"], "label": [0]})
     splits = {"train": known, "validation": known, "test": hidden}
-    assert common.choose_test_split(splits, "label", seed=0) == "validation"
+    assert script.choose_test_split(splits, "label", seed=0) == "validation"
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
 
-from examples import common
-from examples.common import ScriptArguments
+from examples import script
+from examples.script import ScriptArguments
 from examples.token_classification import TagArguments
 from peft_mask import Masks
 from reproduction import paper
@@ -103,7 +103,7 @@ def test_development_data_come_from_training_data_where_there_are_none(monkeypat
     if name == "sst2":
         found["validation"] = rows.select(range(3))
     asked = []
-    monkeypatch.setattr(common, "load_dataset", lambda *names, revision: asked.append((*names, revision)) or found)
+    monkeypatch.setattr(script, "load_dataset", lambda *names, revision: asked.append((*names, revision)) or found)
     _, splits = paper.splits_of(paper.PaperArguments(name))
     assert asked == [(*TASKS[name].dataset, None, None)[:3]]
     assert {split: len(rows) for split, rows in splits.items()} == {

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW, Optimizer
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
-from examples.common import file_bytes
 from examples.demo.tasks import BaseModel, Task
+from examples.script import file_bytes
 from peft_mask import MaskCallback, MaskConfig, Masks, create_mask_optimizer
 from peft_mask.training import HEAD_LR
 
