@@ -112,7 +112,7 @@ def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_wa
 def test_the_sweeps_vary_what_they_say(data, tmp_path, monkeypatch):
     def variants_of(study):
         monkeypatch.setattr(study, "sweep", lambda models, variants, scale: variants)
-        return study.run(models, Scale())["rows"]
+        return study.run(models, Scale(sparsities=(0.01, 0.5, 0.95)))["rows"]
 
     deep = tmp_path / "deep"
     BertModel(BertConfig(vocab_size=14, hidden_size=16, num_hidden_layers=6, num_attention_heads=2)).save_pretrained(
