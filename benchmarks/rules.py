@@ -1,0 +1,131 @@
+"""`python -m benchmarks.rules --data FOLDER`: the other binarizers, structures and options, beside the default.
+
+Each is a row of the harness of `benchmarks.accuracy`: the same loop, budgets and data, the rate of the scores chosen on
+development data among the few of its row, test read once. The default's figures are those in its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+from benchmarks.accuracy.__main__ import minilm
+from benchmarks.accuracy.methods import HEAD_NOTE, STEPS_NOTE, mask, mask_adamw
+from benchmarks.accuracy.report import read_results
+from benchmarks.accuracy.runs import run_all
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.training import Method, Setting
+from benchmarks.harness import RESULTS
+from peft_mask import MaskConfig
+
+ADAMW_NOTE = f"scores by AdamW; {HEAD_NOTE}"
+BY_VOTES = f"{STEPS_NOTE}; {HEAD_NOTE}"
+
+
+def papers_head(model: nn.Module, task_type: str) -> nn.Module:
+    """The paper's setting with its random head, which is frozen and masked: of tags as well."""
+    return get_peft_model(model, MaskConfig.paper(head="masked"))
+
+
+def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
+    def build(model: nn.Module, task_type: str) -> nn.Module:
+        return get_peft_model(model, MaskConfig.paper(**{"task_type": task_type, "head": "trained"} | fields))
+
+    return build
+
+
+RULES = {
+    method.name: method
+    for method in (
+        Method("threshold", f"MaskConfig.paper(head='trained'), {ADAMW_NOTE}", paper(), mask_adamw, (1e-3, 3e-3)),
+        Method(
+            "threshold-head", "MaskConfig.paper(head='masked'), scores by AdamW", papers_head, mask_adamw, (1e-3, 3e-3)
+        ),
+        Method(
+            "sign",
+            f"binarizer='sign', every weight kept at the start, {ADAMW_NOTE}",
+            mask(binarizer="sign", candidates=None),
+            mask_adamw,
+            (3e-4, 1e-3),
+        ),
+        Method(
+            "bernoulli",
+            f"binarizer='bernoulli', 5 % off at the start, {ADAMW_NOTE}",
+            mask(binarizer="bernoulli", candidates=None),
+            mask_adamw,
+            (3e-2, 1e-1),
+        ),
+        Method(
+            "2:4",
+            f"binarizer='n:m', the smallest half off at the start, {ADAMW_NOTE}",
+            mask(binarizer="n:m", candidates=None),
+            mask_adamw,
+            (1e-3, 3e-3),
+        ),
+        Method(
+            "row",
+            f"structure='row', target_sparsity=0.005, {BY_VOTES}",
+            mask(structure="row", candidates=None),
+            mask_adamw,
+            (5e-4,),
+        ),
+        Method(
+            "head",
+            f"structure='head', of query, key and value, target_sparsity=0.1, {BY_VOTES}",
+            mask(structure="head", candidates=None, target_modules=["query", "key", "value"], target_sparsity=0.1),
+            mask_adamw,
+            (5e-4,),
+        ),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Does the runs without a result, then prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rules", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with one folder a task")
+    parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--results", type=Path, default=RESULTS / "rules", help="one JSON file a run")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec", "ud_ewt_pos"], metavar="TASK")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
+    parser.add_argument("--steps", type=int, help="budget of every task, in place of the table's")
+    options = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    setting = Setting(options.data, options.model or minilm())
+    tasks, rules = [TASKS[name] for name in options.tasks], [RULES[name] for name in options.rules]
+    run_all(tasks, rules, [0], setting, options.results, options.steps)
+    print(table(options.results))
+
+
+def table(results: Path) -> str:
+    """The results in a folder as a table: a line a task and rule, the rate that was chosen, its test score."""
+    lines = ["| task | rule | rate | dev, % | test, % | zeros | bits a weight |", "|---|---|---|---|---|---|---|"]
+    order = (list(TASKS), list(RULES))
+    found = sorted(
+        read_results(results), key=lambda r: (order[0].index(r["task"]), order[1].index(r["method"]), r["lr"])
+    )
+    for result in found:
+        cells = [
+            result["task"],
+            result["method"],
+            f"{result['lr']:g}",
+            f"{100 * result['dev']:.2f}",
+            f"{100 * result['test']:.2f}" if "test" in result else "",
+            f"{100 * result['sparsity']:.2f} %",
+            f"{result['bits_per_weight']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
