@@ -27,6 +27,7 @@ from peft_mask.training import (
     saliency_candidates,
     spend_budget,
 )
+from peft_mask.tuning import hold_zeros
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "TrainingMemory",
     "create_mask_optimizer",
     "fill_budget",
+    "hold_zeros",
     "hotswap_adapter",
     "keep_scores",
     "saliency_candidates",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,7 @@ def read_masks(
         _check_claims(records, file)
     masks = {}
     for name, data in records.items():
-        weight = _weight_of(name, base) if base is not None else None
+        weight = weight_of(name, base).detach() if base is not None else None
         mask = masks[name] = _read(name, data, file, weight)
         if weight is not None and not weight.is_meta:
             _check_fingerprint(name, mask, weight)
@@ -164,7 +164,18 @@ def _check_claims(records: Mapping[str, Tensor], file: Path) -> None:
         )
 
 
-def _weight_of(name: str, base: nn.Module) -> Tensor:
+def weight_of(name: str, base: nn.Module, shape: Sequence[int] | None = None) -> Tensor:
+    """Return the weight of a model without adapters that the mask of this name is for.
+
+    Args:
+        name: of the mask.
+        base: the model.
+        shape: of the mask; None if the weight may have any.
+
+    Raises:
+        ValueError: there is no such weight, it has another shape or is quantized, or the file does not say which it is;
+            the message names it.
+    """
     try:
         module = base.get_submodule(name.replace(".base_layer", ""))  # a mask inside another module's wrapper
     except AttributeError:
@@ -184,21 +195,21 @@ def _weight_of(name: str, base: nn.Module) -> Tensor:
         )
     if not weight.is_floating_point():
         raise ValueError(f"the base weight of '{name}' is quantized: give the base model in float32 or bfloat16.")
-    return weight.detach()
+    if shape is not None and weight.shape != torch.Size(shape):
+        raise ValueError(
+            f"the mask of '{name}' is for a weight of shape {tuple(shape)}, the base model's is {tuple(weight.shape)}."
+        )
+    return weight
 
 
 def _coded_against(name: str, mask: PackedMask, base: nn.Module) -> Tensor:
-    weight = _weight_of(name, base)
+    weight = weight_of(name, base, mask.shape).detach()
     if weight.is_meta:
         raise ValueError(f"the base weight of '{name}' has no values: load the base model's weights first.")
     if weight.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"cannot code the mask of '{name}' against a weight in {weight.dtype}, which readers may have rounded "
             "otherwise: load the base model in float32 or bfloat16, or save without it."
-        )
-    if weight.shape != mask.shape:
-        raise ValueError(
-            f"the mask of '{name}' is for a weight of shape {mask.shape}, the base model's is {weight.shape}."
         )
     _check_fingerprint(name, mask, weight)
     return write_record(mask.bits, mask.shape, mask.fingerprint, weight)

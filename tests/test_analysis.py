@@ -147,11 +147,11 @@ def test_masks_written_into_a_plain_model_compute_what_the_adapter_does():
 
 def test_masks_of_weights_that_are_not_there_are_not_written():
     layer = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
-    with pytest.raises(ValueError, match=r"the Sequential has no weight '1\.weight'"):
+    with pytest.raises(ValueError, match="'1' masks a parameter of ReLU"):
         apply_masks(layer, {"0": torch.zeros(1, 2, dtype=torch.bool), "1": torch.ones(1, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"no weight 'bert\.weight'"):
+    with pytest.raises(ValueError, match="has no module 'bert'"):
         apply_masks(layer, {"bert": torch.ones(1, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"the weight of '0' has shape \(1, 2\), its mask \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"for a weight of shape \(2, 1\), the base model's is \(1, 2\)"):
         apply_masks(layer, {"0": torch.ones(2, 1, dtype=torch.bool)})
     assert layer[0].weight.abs().min() > 0
 

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from peft_mask import MaskCallback, MaskConfig, MaskStatistics, create_mask_optimizer
 from peft_mask.layer import MaskLayer
@@ -199,6 +199,36 @@ def test_the_best_checkpoint_comes_back_with_its_scores(tmp_path):
     assert loaded
     for name, value in loaded.items():
         assert torch.equal(value, checkpoint[name])
+
+
+def test_training_that_stops_early_leaves_the_best_adapter(tmp_path):
+    model = masked_bert()
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            seen[state.global_step] = scores(kwargs["model"])
+
+    best = trainer(
+        model,
+        tmp_path,
+        MaskCallback(),
+        Watch(),
+        EarlyStoppingCallback(early_stopping_patience=1),
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+    )
+    accuracies = iter([0.5, 0.7, 0.6, 0.9])
+    best.compute_metrics = lambda _: {"accuracy": next(accuracies)}
+    best.train()
+    assert best.state.global_step == 3
+    now = scores(model)
+    assert all(torch.equal(value, seen[2][name]) for name, value in now.items())
+    assert any((value != seen[3][name]).any() for name, value in now.items())
 
 
 def test_checkpoints_hold_scores_and_the_final_adapter_does_not(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from peft_mask.mask_file import weight_of
 from peft_mask.masks import Masks
 from peft_mask.state import layers_of_adapter
 
@@ -115,29 +116,9 @@ def apply_masks(base: nn.Module, masks: Mapping[str, Tensor]) -> None:
         >>> layer[0].weight[0, 1].item()
         0.0
     """
-    weights = {name: masked_weight_of(base, name, mask.shape) for name, mask in masks.items()}
+    weights = {name: weight_of(name, base, mask.shape) for name, mask in masks.items()}
     for name, weight in weights.items():
         weight.masked_fill_(~masks[name].to(weight.device), 0.0)
-
-
-def masked_weight_of(base: nn.Module, name: str, shape: torch.Size) -> Tensor:
-    """Return the weight of the module `name` of a plain model, which must have the shape of its mask.
-
-    Raises:
-        ValueError: if there is no such weight, or it has another shape.
-    """
-    try:
-        weight = getattr(base.get_submodule(name), "weight", None)
-    except AttributeError:
-        weight = None
-    if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"the {type(base).__name__} has no weight '{name}.weight' to mask: give the plain base model, of the class "
-            "that the masks were trained for, without adapters."
-        )
-    if weight.shape != shape:
-        raise ValueError(f"the weight of '{name}' has shape {tuple(weight.shape)}, its mask {tuple(shape)}.")
-    return weight
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

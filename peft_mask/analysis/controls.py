@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peft_mask.analysis.adapters import masked_weight_of
 from peft_mask.binarize import lowest
 from peft_mask.budget import budget_zeros
+from peft_mask.mask_file import weight_of
 from peft_mask.masks import Masks
 
 Part = Literal["embeddings", "attention", "intermediate", "output", "pooler", "classifier"]
@@ -108,7 +108,7 @@ def magnitude_masks(masks: Masks, base: nn.Module, largest: bool = False) -> Mas
     """
 
     def prune(name: str, mask: Tensor) -> Tensor:
-        magnitude = masked_weight_of(base, name, mask.shape).detach().float().abs().cpu()
+        magnitude = weight_of(name, base, mask.shape).detach().float().abs().cpu()
         return ~lowest(magnitude.neg() if largest else magnitude, masks.zeros[name])
 
     return masks.map(prune)
