@@ -95,6 +95,8 @@ class MaskConfig(PeftConfig):
             reads one input; `"head"`: the rows of an attention head, of the query, key and value projections that
             `target_modules` names; `"matrix"`: a whole matrix. All but the first need `candidates=None`, and count in
             `target_sparsity` and `init_sparsity`.
+        mask_biases: mask the biases of masked linear layers and convolutions as well, each with scores, candidates and
+            a budget of its own. For `structure="weight"`, and not for `"n:m"`.
         head_size: outputs of an attention head; by default as the model's configuration says.
         portable: whether the saved masks can be read by themselves and loaded onto the base model in any dtype. If not,
             their file is about a third smaller, and loads only onto the base model in float32 or bfloat16: where the
@@ -136,6 +138,7 @@ class MaskConfig(PeftConfig):
     candidates: float | None = field(default=0.1, metadata={"help": "Fraction of weights with scores; None: all."})
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
+    mask_biases: bool = field(default=False, metadata={"help": "Mask the biases of masked layers, too."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
     head_size: int | None = field(default=None, metadata={"help": "Outputs of an attention head."})
     portable: bool = field(default=True, metadata={"help": "Save masks that are read without the base weights."})

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft_mask.layer import MaskLayer
+from peft_mask.stored import BIAS
 
 STANDARD_DEVIATION = 0.02  # of BERT's own new layers
 
@@ -93,7 +94,7 @@ def linear_layers(model: nn.Module, parents: Sequence[str]) -> set[str]:
         for name, module in model.named_modules()
         if any(f"{name}.".startswith(f"{parent}.") for parent in parents)
         and isinstance(module.get_base_layer() if isinstance(module, MaskLayer) else module, nn.Linear)
-        and not name.endswith(".base_layer")
+        and not name.endswith((".base_layer", BIAS))
     }
 
 

@@ -12,15 +12,15 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mask.bias import LayerWithBias
 from peft_mask.config import MaskConfig
 from peft_mask.functional import masked_linear, masked_weight
-from peft_mask.layer import MaskLayer
 from peft_mask.quantized import keep_codes_in_order, quantization_backend, quantized_weight
 from peft_mask.stored import StoredWeight
 
 
-class Linear(MaskLayer):
-    """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`.
+class Linear(LayerWithBias):
+    """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`, with a mask of b as well if it has one.
 
     The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
     """
@@ -42,10 +42,7 @@ class Linear(MaskLayer):
         return self.mask_shape[1 if self._transposed else 0]
 
     def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._linear(x, *self._under_bits(adapter_names), self._bias())
-
-    def _bias(self) -> torch.Tensor | None:
-        return cast("torch.Tensor | None", self.get_base_layer().bias)
+        return self._linear(x, *self._under_bits(adapter_names), self._bias(adapter_names))
 
     def _linear(
         self, x: torch.Tensor, weight: torch.Tensor, trained: list[str], bias: torch.Tensor | None
@@ -80,7 +77,7 @@ class QuantizedLinear(Linear):
     def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
 
-        bias = None if (bias := self._bias()) is None else bias.to(dtype)
+        bias = None if (bias := self._bias(adapter_names)) is None else bias.to(dtype)
         weight, trained = self._under_bits(adapter_names)
         weight = weight.to(dtype)
         with _made_again(weight, lambda: self._under_bits(adapter_names)[0].to(dtype)):

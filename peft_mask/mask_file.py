@@ -21,6 +21,7 @@ from peft_mask.fingerprint import Fingerprint
 from peft_mask.packing import bits_shape, count_zeros, entropy_bits, pack_bits
 from peft_mask.ranks import WrongBaseError
 from peft_mask.record import MAX_BYTES, Header, read_header, read_record, write_record
+from peft_mask.stored import BIAS
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _ADVICE = "If an upgrade of peft_mask does not help, download or save the file again."
@@ -176,8 +177,9 @@ def weight_of(name: str, base: nn.Module, shape: Sequence[int] | None = None) ->
         ValueError: there is no such weight, it has another shape or is quantized, or the file does not say which it is;
             the message names it.
     """
+    owner = name.removesuffix(BIAS)
     try:
-        module = base.get_submodule(name.replace(".base_layer", ""))  # a mask inside another module's wrapper
+        module = base.get_submodule(owner.replace(".base_layer", ""))  # a mask inside another module's wrapper
     except AttributeError:
         raise ValueError(
             f"the base model, a {type(base).__name__}, has no module '{name}': give the model that the masks are for, "
@@ -187,7 +189,8 @@ def weight_of(name: str, base: nn.Module, shape: Sequence[int] | None = None) ->
         raise ValueError(
             f"the base model carries an adapter at '{name}', whose weights may be changed: give it without."
         )
-    weight = getattr(module, "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight", None)
+    parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    weight = getattr(module, parameter if owner == name else "bias", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"'{name}' masks a parameter of {type(module).__name__} whose name its file does not say: leave the base "
@@ -239,10 +242,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def config_naming(modules: Iterable[str]) -> dict[str, Any]:
     """Return what `adapter_config.json` says of masks that come from no file."""
+    names = set(modules)
+    weights = {name for name in names if not name.endswith(BIAS)}
     return {
         "base_model_name_or_path": None,
         "inference_mode": True,
         "peft_type": "PEFT_MASK",
-        "target_modules": sorted(modules),
+        "target_modules": sorted(weights),
         "task_type": None,
-    }
+    } | ({"mask_biases": True} if weights < names else {})

@@ -92,7 +92,7 @@ def training_memory(
     weights: list[tuple[StoredWeight, int | None]] = [
         (stored, mask_layer_type(m).input_dimension_of(m))
         for name, m in matched_modules(model, config)
-        for stored in stored_weights(m, name).values()
+        for stored in stored_weights(m, name, config.mask_biases).values()
     ]
     weights += [(StoredWeight(m, parameter), None) for _, m, parameter in matched_parameters(model, config)]
     compared = config.candidates is None and config.binarizer in ("threshold", "sign")

@@ -11,6 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from peft_mask.bias import Bias
 from peft_mask.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.combine import CombinationType, check_votes, combined_mask
 from peft_mask.config import MaskConfig
@@ -177,7 +178,9 @@ class MaskModel(ScoredAdapters):
         }
         self.peft_config[adapter_name] = _combined_config([self.peft_config[name] for name in adapters], layers)
         self.inject_adapter(self.model, adapter_name)
-        for layer in layers.values():
+        for layer in _mask_layers(self.model):
+            if adapter_name not in layer.available_adapters:
+                continue
             kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
             masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
             bits = pack_bits(combined_mask(masks, weights, combination_type))
@@ -305,8 +308,11 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
         inference_mode=True,
         # parts of what a module masks carry its name already, and target_parameters are the same for all
         target_modules={
-            name for name, layer in layers.items() if ".base_layer" not in name and not isinstance(layer, ParamWrapper)
+            name
+            for name, layer in layers.items()
+            if ".base_layer" not in name and not isinstance(layer, (ParamWrapper, Bias))
         },
+        mask_biases=any(config.mask_biases for config in configs),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -5,17 +5,20 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mask.bias import LayerWithBias, stored_bias
 from peft_mask.convolution import Conv
 from peft_mask.embedding import Embedding
 from peft_mask.layer import MaskLayer
 from peft_mask.linear import Linear, QuantizedLinear
 from peft_mask.quantized import quantization_backend, quantized_reason, quantized_weight
 from peft_mask.stand_in import MultiheadAttention, out_proj_name
-from peft_mask.stored import StoredWeight
+from peft_mask.stored import BIAS, StoredWeight
 
 
-def stored_weights(module: nn.Module, name: str) -> dict[str, StoredWeight]:
-    """Return the weights of a module that its layer masks, by the names of their masks."""
+def stored_weights(module: nn.Module, name: str, biases: bool = False) -> dict[str, StoredWeight]:
+    """Return the weights of a module that its layer masks, and its bias if asked for, by the names of their masks."""
+    if biases and isinstance(module, _WITH_BIAS) and (bias := stored_bias(module)) is not None:
+        return stored_weights(module, name) | {name + BIAS: bias}
     if isinstance(module, nn.MultiheadAttention):
         out_proj = module.out_proj
         base = out_proj.get_base_layer() if isinstance(out_proj, MaskLayer) else out_proj
@@ -64,3 +67,4 @@ _MASKED_BY: dict[type[nn.Module], type[Linear | Conv | Embedding | MultiheadAtte
     nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }
+_WITH_BIAS = tuple(base for base, layer in _MASKED_BY.items() if issubclass(layer, LayerWithBias))

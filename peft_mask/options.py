@@ -40,7 +40,7 @@ def check_types(config: Any) -> None:
     Raises:
         ValueError: if one is not; the message names it.
     """
-    for name in ("fan_in_fan_out", "portable", "check_base", "inference_mode", "ensure_weight_tying"):
+    for name in ("fan_in_fan_out", "portable", "check_base", "inference_mode", "ensure_weight_tying", "mask_biases"):
         check_switch(name, getattr(config, name))
     for name in ("base_model_name_or_path", "revision"):
         check_text(name, getattr(config, name))
@@ -82,6 +82,7 @@ def check_options(config: Any) -> None:
     _check_budget(config)
     _check_pattern(config)
     _check_structure(config)
+    _check_biases(config)
     _check_start(config)
     if (sizes := config.record_bytes) is not None and not (
         isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
@@ -148,6 +149,15 @@ def _check_structure(config: Any) -> None:
     if structure == "head" and config.target_modules is None and config.target_parameters is None:
         raise ValueError(
             'structure="head" needs target_modules: name the query, key and value projections, whose rows are heads.'
+        )
+
+
+def _check_biases(config: Any) -> None:
+    if config.mask_biases and (config.structure != "weight" or config.binarizer == "n:m"):
+        field = 'binarizer="n:m"' if config.binarizer == "n:m" else f"structure={config.structure!r}"
+        raise ValueError(
+            f"mask_biases=True is for masks of single weights, a bias has none of the units of {field}: leave one of "
+            "them out."
         )
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
 

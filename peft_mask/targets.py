@@ -105,7 +105,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                 f"Target module '{name}' of type {type(base).__name__} is not supported: {error}. Leave it out of "
                 "target_modules, or name it in exclude_modules."
             ) from error
-        for part, stored in stored_weights(base, name).items():
+        for part, stored in stored_weights(base, name, config.mask_biases).items():
             if others := tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}:
                 raise ValueError(
                     f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked "

@@ -36,6 +36,7 @@ BINARIZERS = {
     "columns": {"structure": "column", "target_sparsity": 0.3, "candidates": None},
     "heads": {"structure": "head", "head_size": 4, "target_sparsity": 0.3, "candidates": None},
     "matrix": {"structure": "matrix", "binarizer": "bernoulli", "candidates": None, "init_sparsity": 0.499},
+    "biases": {"target_sparsity": 0.2, "candidates": 0.5, "mask_biases": True},
     "1:2": {"binarizer": "n:m", "pattern": "1:2", "candidates": None, "init_margin": 0.002},
 }
 

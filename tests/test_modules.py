@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_mask import MaskConfig, Masks
 from peft_mask.layer import MaskLayer
-from peft_mask.stored import StoredWeight
+from peft_mask.stored import BIAS, StoredWeight
 
 
 class Experts(nn.Module):
@@ -79,6 +79,7 @@ FIELDS = {
     "threshold": {"candidates": None, "binarizer": "threshold", "init_sparsity": 0.3},
     "sign": {"candidates": None, "binarizer": "sign", "init_sparsity": 0.3},
     "bernoulli": {"candidates": 0.5, "binarizer": "bernoulli"},
+    "biases": {"candidates": None, "target_sparsity": 0.3, "mask_biases": True},
 }
 
 
@@ -102,7 +103,7 @@ def with_masks_written(base, model, adapters=("default",)):
     """A copy of the base model with zeros where the adapters' masks are off, and its masked parameters in order."""
     plain, written = copy.deepcopy(base), []
     for name, layer in masked_layers(model.base_model.model).items():
-        owner = plain.get_submodule(name.replace(".base_layer", ""))
+        owner = plain.get_submodule(name.removesuffix(BIAS).replace(".base_layer", ""))
         parameter = getattr(owner, layer.stored.name)
         for adapter in adapters:
             parameter.data[~layer.mask(adapter)] = 0
@@ -117,7 +118,8 @@ def test_forward_and_gradients_are_those_of_the_base_layer_with_the_masked_weigh
     model = get_peft_model(copy.deepcopy(base), config(name, fields))
     plain, written = with_masks_written(base, model)
     layers = masked_layers(model.base_model.model)
-    assert len(layers) == len(written) == (2 if name in TARGETS else 1)
+    with_bias = fields == "biases" and getattr(base[0], "bias", None) is not None
+    assert len(layers) == len(written) == (2 if name in TARGETS or with_bias else 1)
     assert all((parameter == 0).any() for parameter in written)
 
     output, expected = model(x), plain(x)

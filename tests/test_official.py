@@ -162,6 +162,29 @@ def test_the_sign_is_masked_linear_2_between_its_bounds():
     assert_same(*both_ways(OfficialBinarizer2, linear, scores, x, torch.randn(5, 12), binarizer="sign"))
 
 
+def test_mask_biases_is_the_codes():
+    linear, scores, x = case()
+    torch.manual_seed(1)
+    bias_scores, upstream = torch.rand(12) * 0.04 - 0.01, torch.randn(5, 12)
+    theirs = [value.clone().requires_grad_() for value in (scores, bias_scores)]
+    bias_mask = OfficialBinarizer1.apply(theirs[1])
+    assert 0 < bias_mask.sum() < 12
+    y = official_linear(
+        x, linear.weight.detach(), linear.bias.detach() * bias_mask, OfficialBinarizer1.apply(theirs[0])
+    )
+    y.backward(upstream)
+    model, layer = ours(linear, scores, binarizer="threshold", mask_biases=True)
+    with torch.no_grad():
+        layer.bias_mask.peft_mask_scores["default"].copy_(bias_scores - TAU)
+    y_ours = model(x)
+    y_ours.backward(upstream)
+    mine = [part.peft_mask_scores["default"].grad for part in (layer, layer.bias_mask)]
+    assert_same((y, *(value.grad for value in theirs)), (y_ours, *mine))
+    assert theirs[1].grad[bias_mask == 0].all(), "straight through, as with weights"
+    official = official_sparsity([OfficialBinarizer1.apply(value) for value in theirs])
+    assert MaskStatistics(model)(model)["sparsity"] == pytest.approx(official)
+
+
 def test_a_sign_score_of_zero_is_kept_where_the_code_has_half_a_weight():
     linear, scores, _ = case()
     scores[:, 0] = 0
