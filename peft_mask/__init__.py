@@ -12,6 +12,7 @@ from peft.mapping import (
 
 from peft_mask.card import update_model_card
 from peft_mask.config import MaskConfig, MaskType
+from peft_mask.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
 from peft_mask.hotswap import hotswap_adapter
 from peft_mask.masks import Masks
 from peft_mask.memory import TrainingMemory, training_memory
@@ -32,12 +33,16 @@ from peft_mask.tuning import hold_zeros
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecayTowardKept",
+    "GradientDropout",
+    "HoldSparsity",
     "MaskCallback",
     "MaskConfig",
     "MaskModel",
     "MaskStatistics",
     "Masks",
     "SignAdamW",
+    "SparsityPenalty",
     "SparsitySchedule",
     "TrainingMemory",
     "create_mask_optimizer",

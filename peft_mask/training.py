@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from peft_mask.candidates import by_preference
 from peft_mask.checkpoint import put_scores_back, set_scores_aside
+from peft_mask.control import trained_scores
 from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
@@ -64,7 +65,7 @@ def create_mask_optimizer(
         >>> [group["lr"] for group in create_mask_optimizer(model, mask_lr=0.01).param_groups]
         [0.01]
     """
-    trained = list(_trained_scores(model))
+    trained = list(trained_scores(model))
     if not trained:
         raise ValueError(
             "the model has no mask scores to train: wrap it with get_peft_model(model, MaskConfig(...)), or load the "
@@ -84,14 +85,6 @@ def create_mask_optimizer(
     return optimizer_cls([group for group in groups if group["params"]], **kwargs)
 
 
-def _trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
-    for name, module in model.named_modules():
-        if isinstance(module, MaskLayer):
-            for adapter_name, parameter in module.peft_mask_scores.items():
-                if parameter.requires_grad:
-                    yield f"{name}.{adapter_name}", module, adapter_name
-
-
 class MaskStatistics:
     """Figures of the masks in training, counted from the scores against where they started.
 
@@ -100,7 +93,7 @@ class MaskStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._start = {name: layer.packed_mask(adapter) for name, layer, adapter in _trained_scores(model)}
+        self._start = {name: layer.packed_mask(adapter) for name, layer, adapter in trained_scores(model)}
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the figures of `model` now, over all masks in training.
@@ -112,7 +105,7 @@ class MaskStatistics:
         """
         weights = zeros = flips = 0
         bits = 0.0
-        for name, layer, adapter in _trained_scores(model):
+        for name, layer, adapter in trained_scores(model):
             packed, shape = layer.packed_mask(adapter), layer.mask_shape
             size, off = shape.numel(), count_zeros(packed, shape)
             weights += size
@@ -202,7 +195,7 @@ def spend_budget(model: nn.Module, share: float) -> None:
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be from 0 to 1, got {share!r}.")
     configs: Any = model.peft_config
-    for _, layer, adapter_name in _trained_scores(model):
+    for _, layer, adapter_name in trained_scores(model):
         if layer.has_budget(adapter_name):
             layer.set_sparsity(adapter_name, share * configs[adapter_name].target_sparsity)
 
@@ -215,7 +208,7 @@ def fill_budget(model: nn.Module) -> None:
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MaskModel):
         return
-    for adapter_name in {adapter for _, _, adapter in _trained_scores(model)}:
+    for adapter_name in {adapter for _, _, adapter in trained_scores(model)}:
         if (target_bytes := tuner.peft_config[adapter_name].target_bytes) is not None:
             try:
                 tuner.set_target_bytes(target_bytes, adapter_name)
@@ -237,13 +230,22 @@ class MaskCallback(TrainerCallback):
     Args:
         schedule: lets the budget grow; by default it is spent whole from the first step on. What is evaluated or saved
             before `schedule.end` has fewer zeros than the budget.
+        before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
+            as `SparsityPenalty` and `GradientDropout`.
+        after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
 
     Example:
         Trainer(model=model, ..., callbacks=[MaskCallback()])
     """
 
-    def __init__(self, schedule: SparsitySchedule | None = None) -> None:
+    def __init__(
+        self,
+        schedule: SparsitySchedule | None = None,
+        before_step: Sequence[Callable[[nn.Module], object]] = (),
+        after_step: Sequence[Callable[[nn.Module], object]] = (),
+    ) -> None:
         self._schedule = schedule
+        self._before_step, self._after_step = tuple(before_step), tuple(after_step)
         self._started_from: MaskStatistics | None = None
         self._statistics: MaskStatistics | None = None  # in training
         self._aside: tuple[Path, Path] | None = None  # a checkpoint's file, and where its scores are meanwhile
@@ -270,6 +272,16 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         if self._schedule is not None:
             spend_budget(kwargs["model"], self._schedule.share(state.global_step / state.max_steps))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for call in self._before_step:
+            call(kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for call in self._after_step:
+            call(kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
