@@ -15,6 +15,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from torch import nn
+from torch.optim import Optimizer
 
 from benchmarks.accuracy.__main__ import minilm
 from benchmarks.accuracy.methods import HEAD_NOTE, STEPS_NOTE, mask, mask_adamw
@@ -23,7 +24,7 @@ from benchmarks.accuracy.runs import run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Method, Setting
 from benchmarks.harness import RESULTS
-from peft_mask import MaskConfig
+from peft_mask import HoldSparsity, MaskConfig, SparsityPenalty
 
 ADAMW_NOTE = f"scores by AdamW; {HEAD_NOTE}"
 BY_VOTES = f"{STEPS_NOTE}; {HEAD_NOTE}"
@@ -39,6 +40,18 @@ def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
         return get_peft_model(model, MaskConfig.paper(**{"task_type": task_type, "head": "trained"} | fields))
 
     return build
+
+
+def penalized(model: nn.Module, lr: float) -> Optimizer:
+    optimizer, penalty = mask_adamw(model, lr), SparsityPenalty(0.02)
+    optimizer.register_step_pre_hook(lambda *_: penalty(model))
+    return optimizer
+
+
+def held(model: nn.Module, lr: float) -> Optimizer:
+    optimizer, hold = mask_adamw(model, lr), HoldSparsity(0.02)
+    optimizer.register_step_post_hook(lambda *_: hold(model))
+    return optimizer
 
 
 RULES = {
@@ -83,6 +96,9 @@ RULES = {
             mask_adamw,
             (5e-4,),
         ),
+        Method("biases", f"mask_biases=True, {BY_VOTES}", mask(mask_biases=True), mask_adamw, (5e-4,)),
+        Method("penalty", f"threshold with SparsityPenalty(0.02), {ADAMW_NOTE}", paper(), penalized, (1e-3, 3e-3)),
+        Method("held", f"threshold with HoldSparsity(0.02), {ADAMW_NOTE}", paper(), held, (1e-3, 3e-3)),
     )
 }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, large, memory, step, switch
+from benchmarks import codec, large, memory, rules, step, switch
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table
 from peft_mask.layer import MaskLayer
+from tests.tiny_models import tiny_inputs, tiny_model
 from tests.versions import RUNS_ON_META
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -184,3 +185,29 @@ def test_many_adapters_are_loaded_and_switched():
     assert [row["adapters"] for row in figures] == [1, 3]
     assert f"{4 * 32 * 32 + 2 * 32 * 128 + 32 * 32:,} masked weights" in body
     assert all(len(row["switch"]) == len(row["copy"]) == 1 for row in figures)
+
+
+@pytest.mark.parametrize("head", ["seq_cls", "token_cls"])
+@pytest.mark.parametrize("name", rules.RULES)
+def test_every_rule_builds_a_model_that_learns_masks(name, head):
+    rule = rules.RULES[name]
+    model = rule.build(tiny_model("bert", head), head.upper())
+    optimizer = rule.optimizer(model.train(), rule.lrs[0])
+    scores = [p for key, p in model.named_parameters() if "peft_mask_scores" in key]
+    before = [p.detach().clone() for p in scores]
+    model(**tiny_inputs(model, labels=True)).loss.backward()
+    optimizer.step()
+    assert sum(bool((p != old).any()) for p, old in zip(scores, before, strict=True)) >= len(scores) / 2, (
+        "biases of a fresh model are zeros"
+    )
+
+
+def test_the_table_of_rules_says_which_rate_was_tested(tmp_path):
+    (tmp_path / "trec").mkdir()
+    result = {"task": "trec", "method": "row", "lr": 5e-4, "dev": 0.9, "sparsity": 0.005, "bits_per_weight": 0.01}
+    for lr, more in ((5e-4, {"test": 0.95}), (1e-3, {})):
+        (tmp_path / f"trec/row-{lr}-0-150.json").write_text(json.dumps(result | {"lr": lr} | more))
+    assert rules.table(tmp_path).splitlines()[2:] == [
+        "| trec | row | 0.0005 | 90.00 | 95.00 | 0.50 % | 0.010 |",
+        "| trec | row | 0.001 | 90.00 |  | 0.50 % | 0.010 |",
+    ]
