@@ -31,7 +31,8 @@ class Bias(MaskLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__(base_layer, adapter_name, config, name)
         # a reference, not a child: the parameters are the other layer's, and would be in each state dict twice
-        self.__dict__["base_layer"] = self._modules.pop("base_layer")
+        del self.base_layer
+        object.__setattr__(self, "base_layer", base_layer)
 
     @staticmethod
     def input_dimension_of(base_layer: nn.Module) -> int | None:

@@ -175,6 +175,8 @@ HOOKS = [
     Hook(CALLBACK + "on_train_begin", "keeps scores in checkpoints from here on", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_train_end", "and no longer; fills the budget of bytes", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_step_begin", "lets a budget grow", ours=MASK_CALLBACK),
+    Hook(CALLBACK + "on_pre_optimizer_step", "steers gradients that are whole", ours=MASK_CALLBACK),
+    Hook(CALLBACK + "on_step_end", "steers scores after the step", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_log", "adds figures to the logs", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_push_begin", "sets scores aside", ours=MASK_CALLBACK, needs="transformers>=5"),
     Hook(CALLBACK + "on_save", "puts them back", ours=MASK_CALLBACK),
