@@ -76,7 +76,7 @@ RULES = {
             (3e-2, 1e-1),
         ),
         Method(
-            "2:4",
+            "2-of-4",  # the name is that of a file
             f"binarizer='n:m', the smallest half off at the start, {ADAMW_NOTE}",
             mask(binarizer="n:m", candidates=None),
             mask_adamw,

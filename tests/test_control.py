@@ -197,6 +197,10 @@ def test_a_dropped_gradient_is_no_vote():
     model, grads = with_gradients()
     GradientDropout(0.5)(model)
     zero = grads[0] == 0
+    same = (grads[1].flatten()[: zero.numel()] == 0) == zero.flatten()
+    assert same.float().mean().item() == pytest.approx(0.5, abs=0.05), (
+        "others in each layer, also where scores are equal"
+    )
     create_mask_optimizer(model, mask_lr=0.01).step()
     moved = layers(model)[0].peft_mask_scores["default"].detach() != 0
     assert torch.equal(moved, ~zero)
