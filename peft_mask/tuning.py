@@ -33,8 +33,11 @@ def hold_zeros(model: nn.Module, masks: Masks) -> list[RemovableHandle]:
             is in training.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from peft_mask import Masks, hold_zeros
         >>> model, masks = nn.Sequential(nn.Linear(2, 1)), Masks({"0": torch.tensor([[True, False]])})
-        >>> _ = model[0].weight.data[0, 1] = 0.0  # what merging does
+        >>> _ = model[0].weight.data[0, 1].zero_()  # what merging does
         >>> handles = hold_zeros(model, masks)
         >>> model(torch.ones(2)).backward()
         >>> model[0].weight.grad
