@@ -172,6 +172,7 @@ HOOKS = [
     # Trainer
     Hook("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", "finds the checkpoint that was just written"),
     Hook("transformers.trainer_utils:HubStrategy.EVERY_SAVE", "the strategy whose uploads hold no scores"),
+    Hook(CALLBACK + "on_init_end", "counts flips from the masks before a resume", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_train_begin", "keeps scores in checkpoints from here on", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_train_end", "and no longer; fills the budget of bytes", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_step_begin", "lets a budget grow", ours=MASK_CALLBACK),
