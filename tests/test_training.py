@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_mask import MaskCallback, MaskConfig, MaskStatistics, create_mask_optimizer
 from peft_mask.layer import MaskLayer
@@ -175,9 +175,9 @@ def test_scores_are_not_uploaded_by_a_transformers_that_asks_no_callback_before_
     monkeypatch.delattr(TrainerCallback, "on_push_begin", raising=False)
     model = masked_bert()
     with pytest.raises(ValueError, match=r'"every_save" would upload the scores .* Set hub_strategy="end"'):
-        MaskCallback().on_train_begin(TrainingArguments(tmp_path, push_to_hub=True), None, None, model=model)
+        MaskCallback().on_train_begin(TrainingArguments(tmp_path, push_to_hub=True), TrainerState(), None, model=model)
     MaskCallback().on_train_begin(
-        TrainingArguments(tmp_path, push_to_hub=True, hub_strategy="end"), None, None, model=model
+        TrainingArguments(tmp_path, push_to_hub=True, hub_strategy="end"), TrainerState(), None, model=model
     )
 
 
