@@ -52,13 +52,14 @@ class LayerWithBias(MaskLayer):
 
     def update_layer(self, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().update_layer(adapter_name, config, name)
-        base_layer = self.get_base_layer()
-        if not config.mask_biases or stored_bias(base_layer) is None:
-            return
-        if (mask := self._bias_mask()) is None:
-            self.bias_mask = Bias(base_layer, adapter_name, config, name + BIAS)
-        else:
-            mask.update_layer(adapter_name, config, name + BIAS)
+        base_layer, mask = self.get_base_layer(), self._bias_mask()
+        if config.mask_biases and stored_bias(base_layer) is not None:
+            if mask is None:
+                self.bias_mask = Bias(base_layer, adapter_name, config, name + BIAS)
+            else:
+                mask.update_layer(adapter_name, config, name + BIAS)
+        elif mask is not None and adapter_name in mask.available_adapters:
+            mask.delete_adapter(adapter_name)  # left of one that was refused
 
     def _bias_mask(self) -> Bias | None:
         return getattr(self, "bias_mask", None)
