@@ -120,14 +120,14 @@ class SignAdamW(torch.optim.AdamW):
                     parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
-        self._norms_in_backward += (_norm(cast(torch.Tensor, parameter.grad), torch.inf),)
+        self._norms_in_backward += (_norm(cast(torch.Tensor, parameter.grad)),)
         self._sign_step(parameter, self.param_groups[place]["lr"], index)
         parameter.grad = None
 
     def _has_finite_gradients(self) -> bool:
         """Whether all gradients since the last step were finite: one read from the device a step."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [*self._norms_in_backward, *(_norm(gradient, torch.inf) for gradient in gradients)]
+        norms = [*self._norms_in_backward, *map(_norm, gradients)]
         self._norms_in_backward = ()
         return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
 
@@ -149,7 +149,7 @@ class SignAdamW(torch.optim.AdamW):
 
         Of a gradient that is not finite, which only steps in the backward pass meet, it is 0, and G stays what it was.
         """
-        mean = _norm(cast(torch.Tensor, parameter.grad), 1) / parameter.numel()
+        mean = _norm(cast(torch.Tensor, parameter.grad)) / parameter.numel()
         # in the dtype of the parameter, to which torch casts what it loads
         largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
         state = self.state[parameter]
@@ -162,10 +162,13 @@ class SignAdamW(torch.optim.AdamW):
         return torch.where(mean.isfinite(), ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
 
 
-def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
-    """Return a norm of a gradient, sharded or not, as float32 or float64; NaN or infinite if the gradient is."""
-    norm = torch.linalg.vector_norm(gradient, ord=order, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    return whole(norm)
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the sum of absolute values of a gradient, sharded or not: float32 or float64; not finite if one is not.
+
+    The largest of them would say that as well, but not of a process whose shard is empty.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return whole(torch.linalg.vector_norm(gradient, ord=1, dtype=dtype))
 
 
 def round_stochastically(
