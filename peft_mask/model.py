@@ -136,7 +136,8 @@ class MaskModel(ScoredAdapters):
         if autocast_adapter_dtype:  # PEFT's idea of that is float32, ours what the configuration says
             dtype = getattr(torch, self.peft_config[adapter_name].scores_dtype)
             for layer, scores in trained.items():
-                scores.data = scores.data.to(dtype)
+                if scores.dtype != torch.float64:  # which a user has chosen for the whole model
+                    scores.data = scores.data.to(dtype)
                 # PEFT makes new parameters of 16-bit ones. It does that in a resume, too, after the optimizer was made.
                 layer.peft_mask_scores[adapter_name] = scores
 

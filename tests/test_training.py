@@ -263,3 +263,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(fields):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_scores_of_a_model_in_double_precision_stay_so_in_a_resume(tmp_path):
+    model = masked_bert().double()
+    first = trainer(model, tmp_path, MaskCallback(), save_strategy="steps", save_steps=2)
+    first.train()
+    resumed = trainer(masked_bert().double(), tmp_path, MaskCallback(), save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, parameter in resumed.model.named_parameters():
+        if "peft_mask_scores" in name:
+            assert parameter.dtype == torch.float64
+            assert torch.equal(parameter, model.get_parameter(name)), name
