@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
     parser.add_argument("--results", type=Path, default=RESULTS / "long", help="one JSON file a training")
     parser.add_argument("--task", choices=TASKS, default="trec")
-    parser.add_argument("--method", choices=[name for name, row in METHODS.items() if isinstance(row, Method)])
+    trained = [name for name, row in METHODS.items() if isinstance(row, Method)]
+    parser.add_argument("--method", choices=trained, default="mask")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
         transformers.logging.set_verbosity_error()
         setting = Setting(options.data, options.model or minilm(), progress=lambda line: print(line, flush=True))
-        method = METHODS[options.method or "mask"]
+        method = METHODS[options.method]
         assert isinstance(method, Method)
         result = follow(TASKS[options.task], method, options.lr, options.steps, setting)
         options.results.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any], torch.dtype, str | None, tuple[int,
     "Llama 1B, 1 x 512": (AutoModelForCausalLM, {"model_type": "llama", **LLAMA_1B}, torch.bfloat16, None, (1, 512)),
     "Llama 7B, 1 x 512": (AutoModelForCausalLM, {"model_type": "llama"}, torch.bfloat16, None, (1, 512)),
 }
-MASKS = {
+# name -> (fields of the configuration, optimizer of the scores by the names of `training_memory`)
+MASKS: dict[str, tuple[dict[str, Any], str]] = {
     "mask": ({}, "sign"),
     "mask, scores in bfloat16": ({"scores_dtype": "bfloat16"}, "sign"),
     "mask, scores in bfloat16, steps in the backward pass": ({"scores_dtype": "bfloat16"}, "sign_in_backward"),

@@ -15,16 +15,16 @@ import torch
 import transformers
 from peft import get_peft_model
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from benchmarks.accuracy.__main__ import minilm
-from benchmarks.accuracy.methods import HEAD_NOTE, STEPS_NOTE, mask, mask_adamw
+from benchmarks.accuracy.methods import HEAD_LR, HEAD_NOTE, STEPS_NOTE, mask, mask_adamw
 from benchmarks.accuracy.report import read_results
 from benchmarks.accuracy.runs import run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Method, Setting
-from benchmarks.harness import RESULTS
-from peft_mask import HoldSparsity, MaskConfig, SparsityPenalty
+from benchmarks.harness import RESULTS, table
+from peft_mask import HoldSparsity, MaskConfig, SparsityPenalty, create_mask_optimizer
 
 ADAMW_NOTE = f"scores by AdamW; {HEAD_NOTE}"
 BY_VOTES = f"{STEPS_NOTE}; {HEAD_NOTE}"
@@ -40,6 +40,11 @@ def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
         return get_peft_model(model, MaskConfig.paper(**{"task_type": task_type, "head": "trained"} | fields))
 
     return build
+
+
+def adamw_alone(model: nn.Module, lr: float) -> Optimizer:
+    """AdamW for scores whose order alone counts, too, in place of sign steps: it rounds 16 bits to the nearest."""
+    return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr)
 
 
 def penalized(model: nn.Module, lr: float) -> Optimizer:
@@ -96,6 +101,15 @@ RULES = {
             mask_adamw,
             (5e-4,),
         ),
+        Method("bfloat16", f"scores_dtype='bfloat16', {BY_VOTES}", mask(scores_dtype="bfloat16"), mask_adamw, (5e-4,)),
+        Method("adamw", f"the default, {ADAMW_NOTE}", mask(), adamw_alone, (5e-4,)),
+        Method(
+            "adamw-bfloat16",
+            f"scores_dtype='bfloat16', {ADAMW_NOTE}",
+            mask(scores_dtype="bfloat16"),
+            adamw_alone,
+            (5e-4,),
+        ),
         Method("biases", f"mask_biases=True, {BY_VOTES}", mask(mask_biases=True), mask_adamw, (5e-4,)),
         Method("penalty", f"threshold with SparsityPenalty(0.02), {ADAMW_NOTE}", paper(), penalized, (1e-3, 3e-3)),
         Method("held", f"threshold with HoldSparsity(0.02), {ADAMW_NOTE}", paper(), held, (1e-3, 3e-3)),
@@ -119,18 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = Setting(options.data, options.model or minilm())
     tasks, rules = [TASKS[name] for name in options.tasks], [RULES[name] for name in options.rules]
     run_all(tasks, rules, [0], setting, options.results, options.steps)
-    print(table(options.results))
+    print(figures(options.results))
 
 
-def table(results: Path) -> str:
+def figures(results: Path) -> str:
     """The results in a folder as a table: a line a task and rule, the rate that was chosen, its test score."""
-    lines = ["| task | rule | rate | dev, % | test, % | zeros | bits a weight |", "|---|---|---|---|---|---|---|"]
-    order = (list(TASKS), list(RULES))
-    found = sorted(
-        read_results(results), key=lambda r: (order[0].index(r["task"]), order[1].index(r["method"]), r["lr"])
-    )
-    for result in found:
-        cells = [
+    tasks, names = list(TASKS), list(RULES)
+    found = sorted(read_results(results), key=lambda r: (tasks.index(r["task"]), names.index(r["method"]), r["lr"]))
+    rows = [
+        (
             result["task"],
             result["method"],
             f"{result['lr']:g}",
@@ -138,9 +149,10 @@ def table(results: Path) -> str:
             f"{100 * result['test']:.2f}" if "test" in result else "",
             f"{100 * result['sparsity']:.2f} %",
             f"{result['bits_per_weight']:.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        )
+        for result in found
+    ]
+    return table(("task", "rule", "rate", "dev, %", "test, %", "zeros", "bits a weight"), rows)
 
 
 if __name__ == "__main__":

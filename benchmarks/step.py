@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from benchmarks import memory
 from benchmarks.harness import in_turn, peak_bytes, report, table
 from peft_mask import MaskConfig, SignAdamW, create_mask_optimizer, training_memory
 
@@ -75,16 +76,7 @@ def base_model(shape: dict[str, Any]) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**shape, num_labels=6))
 
 
-# name -> (fields of the configuration, optimizer of the scores by the names of `training_memory`)
-MASKS: dict[str, tuple[dict[str, Any], str]] = {
-    "mask": ({}, "sign"),
-    "mask, scores in bfloat16": ({"scores_dtype": "bfloat16"}, "sign"),
-    "mask, scores in bfloat16, steps in the backward pass": ({"scores_dtype": "bfloat16"}, "sign_in_backward"),
-    "mask, all weights, bfloat16": ({"candidates": None, "scores_dtype": "bfloat16"}, "sign"),
-    "mask, all weights, bfloat16, steps in the backward pass": (
-        {"candidates": None, "scores_dtype": "bfloat16"},
-        "sign_in_backward",
-    ),
+MASKS = {name: row for name, row in memory.MASKS.items() if row[1] != "adamw"} | {
     "mask, all weights, threshold, AdamW": ({"candidates": None, "binarizer": "threshold"}, "adamw"),
 }
 

@@ -36,7 +36,7 @@ def encode(split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     """Turn each row into a list of token ids a choice.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, or a label is the number of no choice.
     """
     given = split.column_names
     check_columns(
@@ -44,7 +44,13 @@ def encode(split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     )
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-        return {**tokenizer(*pairs(row), truncation=True, max_length=max_length), "labels": row["label"]}
+        context, choices = pairs(row)
+        if row["label"] not in range(len(choices)):
+            raise ValueError(
+                f"column 'label': expected the number of the right choice, from 0 to {len(choices) - 1}, got "
+                f"{row['label']!r}."
+            )
+        return {**tokenizer(context, choices, truncation=True, max_length=max_length), "labels": row["label"]}
 
     return split.map(encode_row, remove_columns=given)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -53,7 +53,8 @@ class SignAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._check_whole()
-        if not self._has_finite_gradients():
+        norms = {p: _norm(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not self._are_finite(norms.values()):
             warnings.warn(
                 "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
                 "has changed. Once or twice do no harm. If the loss stays NaN, look for batches without labels, lower "
@@ -65,8 +66,8 @@ class SignAdamW(torch.optim.AdamW):
         for group in everything:
             if group.get("sign"):
                 for index, parameter in enumerate(group["params"]):
-                    if parameter.grad is not None:
-                        self._sign_step(parameter, group["lr"], index)
+                    if parameter in norms:
+                        self._sign_step(parameter, norms[parameter], group["lr"], index)
         self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
@@ -120,20 +121,20 @@ class SignAdamW(torch.optim.AdamW):
                     parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
-        self._norms_in_backward += (_norm(cast(torch.Tensor, parameter.grad)),)
-        self._sign_step(parameter, self.param_groups[place]["lr"], index)
+        norm = _norm(cast(torch.Tensor, parameter.grad))
+        self._norms_in_backward += (norm,)
+        self._sign_step(parameter, norm, self.param_groups[place]["lr"], index)
         parameter.grad = None
 
-    def _has_finite_gradients(self) -> bool:
-        """Whether all gradients since the last step were finite: one read from the device a step."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms = [*self._norms_in_backward, *map(_norm, gradients)]
+    def _are_finite(self, norms: Iterable[torch.Tensor]) -> bool:
+        """Whether these gradients, and all whose steps were taken since the last call, are finite: one read a step."""
+        norms = [*self._norms_in_backward, *norms]
         self._norms_in_backward = ()
         return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
 
     @torch.no_grad()
-    def _sign_step(self, parameter: torch.Tensor, lr: float, index: int) -> None:
-        size = lr * self._count_of_vote(parameter)
+    def _sign_step(self, parameter: torch.Tensor, norm: torch.Tensor, lr: float, index: int) -> None:
+        size = lr * self._count_of_vote(parameter, norm / parameter.numel())
         grad = cast(torch.Tensor, parameter.grad)
         if parameter.dtype in (torch.bfloat16, torch.float16):
             step = int(self.state[parameter]["step"])
@@ -144,12 +145,13 @@ class SignAdamW(torch.optim.AdamW):
         else:
             parameter.sub_(grad.sign().mul_(size))  # the sign of NaN is 0
 
-    def _count_of_vote(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _count_of_vote(self, parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1.
+
+        `mean` is g, the mean absolute gradient.
 
         Of a gradient that is not finite, which only steps in the backward pass meet, it is 0, and G stays what it was.
         """
-        mean = _norm(cast(torch.Tensor, parameter.grad)) / parameter.numel()
         # in the dtype of the parameter, to which torch casts what it loads
         largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
         state = self.state[parameter]

@@ -206,7 +206,7 @@ def test_the_table_of_rules_says_which_rate_was_tested(tmp_path):
     result = {"task": "trec", "method": "row", "lr": 5e-4, "dev": 0.9, "sparsity": 0.005, "bits_per_weight": 0.01}
     for lr, more in ((5e-4, {"test": 0.95}), (1e-3, {})):
         (tmp_path / f"trec/row-{lr}-0-150.json").write_text(json.dumps(result | {"lr": lr} | more))
-    assert rules.table(tmp_path).splitlines()[2:] == [
+    assert rules.figures(tmp_path).splitlines()[2:] == [
         "| trec | row | 0.0005 | 90.00 | 95.00 | 0.50 % | 0.010 |",
         "| trec | row | 0.001 | 90.00 |  | 0.50 % | 0.010 |",
     ]

@@ -188,6 +188,11 @@ def test_squad_scores_words_without_articles_and_takes_the_best_answer():
     ("script", "rows", "message"),
     [
         (multiple_choice, [{"context": "a", "choices": ["b", "c"]}], r"there is no column \['label'\]"),
+        (
+            multiple_choice,
+            [{"context": "a", "choices": ["b", "c"], "label": 2}],
+            "column 'label': expected the number of the right choice, from 0 to 1, got 2",
+        ),
         (question_answering, [{"question": "a", "answers": {"text": [], "answer_start": []}}], r"\['context'\]"),
         (token_classification, [{"text": ["a"], "tags": ["X"]}], r"name the column with --text_column_name"),
     ],
