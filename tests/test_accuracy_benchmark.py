@@ -271,6 +271,13 @@ def test_a_long_training_is_followed_along_the_way(
     assert f"| {100 * result['dev']:.1f} |" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_scoring_on_the_way_does_not_end_the_training_mode(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "MARKS", (1,))
+    arguments, dropped = (TASKS["trec"], METHODS["mask"], 5e-4), replace(setting, dropout=0.5)
+    followed = long.follow(*arguments, STEPS, dropped)
+    assert followed["loss"] == training.train(*arguments, 0, STEPS, dropped)["loss"]
+
+
 def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:
     runs.search(TASKS["trec"], METHODS["probe"], [0], setting, tmp_path, STEPS)
     with pytest.raises(ValueError, match=r"probe-0.001-0-3.json' of trec was made with the settings .* Delete it"):
