@@ -1,6 +1,6 @@
 """Long trainings: accuracy on development data along the way, of one seed.
 
-python -m benchmarks.long --data FOLDER [--task trec] [--method mask] [--lr 5e-4] [--steps 10000]
+python -m benchmarks.long --data FOLDER [--task trec] [--method mask] [--lr 5e-4] [--steps 10000] [--batch_size 32]
 python -m benchmarks.long                      # the table of the results at hand
 """
 
@@ -37,7 +37,7 @@ def follow(task: Task, method: Method, lr: float, steps: int, setting: Setting) 
             model.train()
 
     figures = train(task, method, lr, 0, steps, setting, watch=watch)
-    run = {"task": task.name, "method": method.name, "lr": lr, "steps": steps}
+    run = {"task": task.name, "method": method.name, "lr": lr, "batch_size": setting.batch_size, "steps": steps}
     return {**run, "along": along, **figures, "environment": environment()}
 
 
@@ -48,8 +48,9 @@ def long_table(folder: Path) -> str:
     rows = []
     for result in results:
         dev = [f"{100 * result['along'][str(mark)]:.1f}" if str(mark) in result["along"] else "" for mark in marks]
-        rows.append((*(result[name] for name in ("task", "method", "lr", "steps")), *dev, f"{result['loss']:.1g}"))
-    return table(("task", "method", "lr", "of steps", *marks, "last loss"), rows)
+        what = (result[name] for name in ("task", "method", "lr", "batch_size", "steps"))
+        rows.append((*what, *dev, f"{result['loss']:.1g}"))
+    return table(("task", "method", "lr", "batch", "of steps", *marks, "last loss"), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,17 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=trained, default="mask")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.data is not None:
         torch.set_num_threads(options.threads)
         transformers.logging.set_verbosity_error()
-        setting = Setting(options.data, options.model or minilm(), progress=lambda line: print(line, flush=True))
+        setting = Setting(
+            options.data,
+            options.model or minilm(),
+            batch_size=options.batch_size,
+            progress=lambda line: print(line, flush=True),
+        )
         method = METHODS[options.method]
         assert isinstance(method, Method)
         result = follow(TASKS[options.task], method, options.lr, options.steps, setting)
         options.results.mkdir(parents=True, exist_ok=True)
-        file = options.results / f"{options.task}-{method.name}-{options.lr:g}-{options.steps}.json"
+        name = f"{options.task}-{method.name}-{options.lr:g}-{options.batch_size}x{options.steps}.json"
+        file = options.results / name
         file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(long_table(options.results))
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, MPNetConfig, MPNetModel
 
 from benchmarks import long
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import probe, report, runs, tasks, training
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.model import model_class
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
 from benchmarks.accuracy.training import Method, Setting
@@ -262,10 +263,13 @@ def test_a_long_training_is_followed_along_the_way(
 ) -> None:
     monkeypatch.setattr(long, "MARKS", (1, 3, 5))
     options = ["--data", setting.data, "--model", setting.model, "--results", tmp_path / "long", "--steps", STEPS]
-    long.main([str(option) for option in options])
+    long.main([str(option) for option in [*options, "--batch_size", 8]])
     (file,) = (tmp_path / "long").iterdir()
     result = json.loads(file.read_text("utf-8"))
-    assert file.name == "trec-mask-0.0005-3.json"
+    assert file.name == "trec-mask-0.0005-8x3.json"
+    small = training.train(TASKS["trec"], METHODS["mask"], 5e-4, 0, STEPS, replace(setting, batch_size=8))
+    assert result["loss"] == small["loss"]
+    assert result["batch_size"] == 8
     assert list(result["along"]) == ["1", "3"]
     assert result["along"]["3"] == result["dev"], "scoring on the way changes nothing"
     assert f"| {100 * result['dev']:.1f} |" in capsys.readouterr().out.splitlines()[-1]
@@ -276,6 +280,28 @@ def test_scoring_on_the_way_does_not_end_the_training_mode(setting: Setting, mon
     arguments, dropped = (TASKS["trec"], METHODS["mask"], 5e-4), replace(setting, dropout=0.5)
     followed = long.follow(*arguments, STEPS, dropped)
     assert followed["loss"] == training.train(*arguments, 0, STEPS, dropped)["loss"]
+
+
+def test_the_classifier_reads_the_mean_of_what_is_no_padding(tmp_path: Path) -> None:
+    config = MPNetConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    torch.manual_seed(0)
+    MPNetModel(config).save_pretrained(tmp_path / "mpnet")
+    model = model_class("SEQ_CLS", str(tmp_path / "mpnet")).from_pretrained(tmp_path / "mpnet", num_labels=3).eval()
+    texts = torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])  # 1 is padding
+    kept = texts != 1
+    states = model.mpnet(texts, attention_mask=kept).last_hidden_state
+    means = torch.stack([states[0].mean(0), states[1, :3].mean(0)])
+    outputs = model(texts, kept, torch.tensor([0, 2]))
+    torch.testing.assert_close(outputs.logits, model.classifier(means))
+    torch.testing.assert_close(outputs.loss, -outputs.logits.log_softmax(-1)[[0, 1], [0, 2]].mean())
+
+
+def test_an_encoder_without_a_pooled_class_is_refused(tmp_path: Path) -> None:
+    DistilBertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is of type distilbert, pooled are bert, mpnet"):
+        model_class("SEQ_CLS", str(tmp_path))
 
 
 def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:

@@ -7,11 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForTokenClassification, BertConfig, BertModel, BertPreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+    MPNetModel,
+    MPNetPreTrainedModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class MeanPooledBert(BertPreTrainedModel):
+class MeanPooled(PreTrainedModel):
     """Sequence classification on the mean of the last hidden states, as sentence encoders are trained and used.
 
     `BertForSequenceClassification` reads the first token through BERT's pooler, which the training of a sentence
@@ -19,9 +28,9 @@ class MeanPooledBert(BertPreTrainedModel):
     model (banking77, 300 steps, head at 1e-3, dev: full .874, mask .777).
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, encoder: type[PreTrainedModel]) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
+        setattr(self, self.base_model_prefix, encoder(config, add_pooling_layer=False))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -32,11 +41,31 @@ class MeanPooledBert(BertPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = self.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         kept = attention_mask.unsqueeze(-1).to(states.dtype)
         logits = self.classifier((states * kept).sum(1) / kept.sum(1))
         loss = F.cross_entropy(logits, labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-MODELS = {"SEQ_CLS": MeanPooledBert, "TOKEN_CLS": AutoModelForTokenClassification}
+class MeanPooledBert(MeanPooled, BertPreTrainedModel):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config, BertModel)
+
+
+class MeanPooledMPNet(MeanPooled, MPNetPreTrainedModel):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config, MPNetModel)
+
+
+POOLED = {"bert": MeanPooledBert, "mpnet": MeanPooledMPNet}
+
+
+def model_class(task_type: str, name: str) -> Any:
+    """The class that loads the encoder of this name or folder with a head for `"SEQ_CLS"` or `"TOKEN_CLS"`."""
+    if task_type == "TOKEN_CLS":
+        return AutoModelForTokenClassification
+    kind = AutoConfig.from_pretrained(name).model_type
+    if kind not in POOLED:
+        raise ValueError(f"cannot classify texts with '{name}': it is of type {kind}, pooled are {', '.join(POOLED)}")
+    return POOLED[kind]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.accuracy.model import MODELS
+from benchmarks.accuracy.model import model_class
 from benchmarks.accuracy.sizes import measure
 from benchmarks.accuracy.tasks import IGNORED, Rows, Split, Task, load_rows, training_batches
 from peft_mask.training import MaskStatistics
@@ -67,7 +67,7 @@ class Setting:
 def untrained(task: Task, method: Method, seed: int, setting: Setting) -> nn.Module:
     """The model of a run before its first step; everything random in it comes from `seed`."""
     torch.manual_seed(seed)
-    base = MODELS[task.task_type].from_pretrained(
+    base = model_class(task.task_type, setting.model).from_pretrained(
         setting.model,
         num_labels=len(task.label_names(setting.data)),
         hidden_dropout_prob=setting.dropout,
