@@ -229,7 +229,8 @@ class MaskCallback(TrainerCallback):
 
     Args:
         schedule: lets the budget grow; by default it is spent whole from the first step on. What is evaluated or saved
-            before `schedule.end` has fewer zeros than the budget.
+            before `schedule.end` has fewer zeros than the budget, and keeps them so if `load_best_model_at_end` chooses
+            it or the training ends there.
         before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
             as `SparsityPenalty` and `GradientDropout`.
         after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
@@ -312,6 +313,15 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
+        share = 1.0 if self._schedule is None else self._schedule.share(_progress_kept(args, state))
         if self._schedule is not None:
-            spend_budget(kwargs["model"], 1.0)
-        fill_budget(kwargs["model"])
+            spend_budget(kwargs["model"], share)
+        if share == 1.0:
+            fill_budget(kwargs["model"])
+
+
+def _progress_kept(args: TrainingArguments, state: TrainerState) -> float:
+    """Return how far the training had come, as schedules count it, when it made the model that it ends with."""
+    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    steps = cast(int, state.best_global_step) if chosen else state.global_step
+    return 1.0 if steps >= state.max_steps else (steps - 1) / state.max_steps  # as at the beginning of its last step

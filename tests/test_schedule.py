@@ -113,6 +113,60 @@ def test_a_callback_follows_its_schedule_through_a_resume(tmp_path):
     assert zeros(again) == zeros(model)
 
 
+def bits_of(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskLayer)}
+    return {name: layer.packed_mask("default").tolist() for name, layer in layers.items()}
+
+
+class Scores(TrainerCallback):
+    """Gives the evaluations these accuracies, and remembers the masks that they saw."""
+
+    def __init__(self, *accuracies):
+        self.accuracies, self.seen, self.zeros = iter(accuracies), {}, {}
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seen[state.global_step] = bits_of(kwargs["model"])
+        self.zeros[state.global_step] = sum(zeros(kwargs["model"]))
+
+    def metrics(self, _):
+        return {"accuracy": next(self.accuracies)}
+
+
+@pytest.mark.parametrize("fields", [{"target_sparsity": 0.05}, {"target_bytes": 3000}])
+@pytest.mark.parametrize("accuracies", [(0.5, 0.9, 0.7), (0.5, 0.7, 0.9)], ids=["best on the way", "best at the end"])
+def test_the_best_checkpoint_keeps_the_budget_that_it_was_evaluated_with(tmp_path, accuracies, fields):
+    model, watch = masked_bert(**fields), Scores(*accuracies)
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    callback = MaskCallback(SparsitySchedule("linear", end=0.8))
+    best = trainer(
+        model, tmp_path, callback, watch, **options, load_best_model_at_end=True, metric_for_best_model="accuracy"
+    )
+    best.compute_metrics = watch.metrics
+    best.train()
+    assert list(watch.seen) == [2, 4, 6]
+    assert watch.zeros[4] < watch.zeros[6], "the budget grows"
+    now = bits_of(model)
+    if best.state.best_global_step == 4:
+        assert now == watch.seen[4]
+    elif "target_sparsity" in fields:
+        assert now == watch.seen[6]
+    else:
+        assert adapter_bytes(model.base_model.model, "default", portable=True) == pytest.approx(3000, rel=0.01)
+
+
+def test_a_training_that_is_stopped_keeps_the_budget_that_it_had(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+            self.seen = bits_of(kwargs["model"])
+
+    stop, model = Stop(), masked_bert(target_sparsity=0.05)
+    whole = budget(model)
+    trainer(model, tmp_path, MaskCallback(SparsitySchedule("linear", end=1.0)), stop).train()
+    assert bits_of(model) == stop.seen
+    assert budget(model) == pytest.approx(whole / 3, abs=len(zeros(model))), "as in the third step"
+
+
 def test_a_size_in_bytes_is_reached_at_the_end_of_a_schedule(tmp_path):
     model = masked_bert(target_bytes=3000)
     trainer(model, tmp_path, MaskCallback(SparsitySchedule("cubic"))).train()
