@@ -1,8 +1,7 @@
 """What steers scores beside the loss: how many weights go, and how far a step follows its gradients.
 
 Each is called with the model once a step and keeps no state: a resumed run goes on to the bit, and the processes of DDP
-do the same. In `Trainer`, `MaskCallback(before_step=[...], after_step=[...])` calls them. For scores that are not
-sharded.
+and FSDP2 do the same. In `Trainer`, `MaskCallback(before_step=[...], after_step=[...])` calls them.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from peft_mask.fields import check_number
 from peft_mask.init import restart_margin
 from peft_mask.layer import MaskLayer
 from peft_mask.noise import uniform_like
+from peft_mask.sharded import absolute_sum, local, local_part, whole
 
 
 def trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
@@ -74,14 +74,15 @@ class SparsityPenalty:
     def __call__(self, model: nn.Module) -> None:
         found = list(_compared(model, "SparsityPenalty"))
         grads = [grad for _, grad in _gradients((scores for _, _, scores in found), "SparsityPenalty")]
-        off = weights = 0
-        for adapter, layer, scores in found:
-            governed = math.prod(layer.rule(adapter).unit)
-            off += governed * int((~binarize_threshold(scores)).sum())
-            weights += layer.mask_shape.numel()
-        size = sum(float(grad.abs().sum(dtype=torch.float32)) for grad in grads) / sum(grad.numel() for grad in grads)
+        off = _total(
+            math.prod(layer.rule(adapter).unit) * whole((~binarize_threshold(scores)).sum())
+            for adapter, layer, scores in found
+        )
+        sparsity = off / sum(layer.mask_shape.numel() for _, layer, _ in found)
+        mean = _total(absolute_sum(grad) for grad in grads) / sum(grad.numel() for grad in grads)
+        pull = self.weight * (self.target - sparsity) * mean
         for grad in grads:
-            grad.add_(self.weight * (self.target - off / weights) * size)
+            local(grad).add_(pull.to(grad.device, grad.dtype))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class HoldSparsity:
         found = list(_compared(model, "HoldSparsity"))
         if any(max(layer.rule(adapter).unit) > 1 for adapter, layer, _ in found):
             raise ValueError('HoldSparsity is for structure="weight": of larger units an exact number has no meaning.')
-        scores = torch.cat([scores.reshape(-1).float() for _, _, scores in found])
+        device = found[0][2].device
+        scores = torch.cat([whole(scores).reshape(-1).to(device, torch.float32) for _, _, scores in found])
         zeros = max(1, round(self.sparsity * sum(layer.mask_shape.numel() for _, layer, _ in found)))
         if zeros >= len(scores):
             raise ValueError(
@@ -123,7 +125,7 @@ class HoldSparsity:
             )
         below, above = scores.topk(zeros + 1, largest=False).values[-2:]
         for _, _, values in found:
-            values.sub_((below + above) / 2)
+            local(values).sub_(((below + above) / 2).to(values.device))
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ class DecayTowardKept:
         for adapter, _, scores in _compared(model, "DecayTowardKept"):
             if scores.element_size() < 4:
                 raise ValueError('DecayTowardKept is for scores_dtype="float32": in 16 bits its moves would be lost.')
-            scores.lerp_(torch.full_like(scores, restart_margin(configs[adapter])), self.rate)
+            held = local(scores)
+            held.lerp_(torch.full_like(held, restart_margin(configs[adapter])), self.rate)
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,14 @@ class GradientDropout:
         names = {layer.peft_mask_scores[adapter]: name for name, layer, adapter in trained_scores(model)}
         for scores, grad in _gradients(names, "GradientDropout"):
             key = zlib.crc32(f"{self.seed}/dropout/{names[scores]}".encode())
-            grad.masked_fill_(uniform_like(scores, key) < self.probability, 0)
+            dropped = uniform_like(whole(scores), key) < self.probability
+            local(grad).masked_fill_(local_part(dropped, of=grad), 0)
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of numbers that may lie on several devices; nothing is read back."""
+    first, *rest = values
+    return sum((value.to(first.device) for value in rest), first)
 
 
 def _gradients(scores: Iterable[Tensor], who: str) -> list[tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from peft_mask.sharded import is_flattened, whole
+from peft_mask.sharded import absolute_sum, is_flattened
 
 
 class SignAdamW(torch.optim.AdamW):
@@ -53,7 +53,7 @@ class SignAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._check_whole()
-        norms = {p: _norm(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        norms = {p: absolute_sum(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
         if not self._are_finite(norms.values()):
             warnings.warn(
                 "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
@@ -121,7 +121,7 @@ class SignAdamW(torch.optim.AdamW):
                     parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
-        norm = _norm(cast(torch.Tensor, parameter.grad))
+        norm = absolute_sum(cast(torch.Tensor, parameter.grad))
         self._norms_in_backward += (norm,)
         self._sign_step(parameter, norm, self.param_groups[place]["lr"], index)
         parameter.grad = None
@@ -162,15 +162,6 @@ class SignAdamW(torch.optim.AdamW):
         state["largest"] = torch.maximum(state["largest"], largest)
         ratio = mean / state["largest"].to(mean.dtype)
         return torch.where(mean.isfinite(), ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
-
-
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    """Return the sum of absolute values of a gradient, sharded or not: float32 or float64; not finite if one is not.
-
-    The largest of them would say that as well, but not of a process whose shard is empty.
-    """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return whole(torch.linalg.vector_norm(gradient, ord=1, dtype=dtype))
 
 
 def round_stochastically(

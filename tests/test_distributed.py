@@ -13,10 +13,19 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import (
+    DecayTowardKept,
+    GradientDropout,
+    HoldSparsity,
+    MaskConfig,
+    SparsityPenalty,
+    create_mask_optimizer,
+)
 from peft_mask.layer import MaskLayer
 
 WORLD, STEPS = 2, 6
+
+THRESHOLD = {"binarizer": "threshold", "init_weights": "uniform", "init_sparsity": 0.1, "seed": 0}
 
 # what is trained -> fields of MaskConfig
 CASES = {
@@ -25,7 +34,11 @@ CASES = {
     "n:m": {"binarizer": "n:m", "candidates": None},
     "rows": {"structure": "row", "target_sparsity": 0.1, "candidates": None},
     "unreached": {"target_sparsity": 0.03},
+    "steered": {**THRESHOLD, "candidates": None},
+    "held": {**THRESHOLD, "candidates": 0.5},
 }
+BEFORE = {"steered": [SparsityPenalty(0.3, weight=30.0), GradientDropout(0.5)]}
+AFTER = {"steered": [DecayTowardKept(0.05)], "held": [HoldSparsity(0.2)]}
 KINDS = ("ddp", "fsdp2")
 
 
@@ -45,14 +58,19 @@ def model(case):
 
 def train(model, case, rows=slice(None)):
     # drawn masks follow from every bit of the scores, and processes sum gradients in another order than one does
-    drawn = case == "bernoulli"
-    optimizer = create_mask_optimizer(model, Rounded, mask_lr=0.5) if drawn else create_mask_optimizer(model)
+    drawn, rate = case == "bernoulli", {"bernoulli": 0.5, "steered": 0.02, "held": 0.02}.get(case)
+    optimizer = create_mask_optimizer(model, Rounded, mask_lr=rate) if rate else create_mask_optimizer(model)
+    plain = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
         # gradients fall far enough for the optimizer's steps to shrink, by the mean of all of them and not of a shard
         (model(x[rows]).square().mean() / (1 if drawn else 8**step)).backward()
+        for call in BEFORE.get(case, ()):
+            call(plain)
         optimizer.step()
+        for call in AFTER.get(case, ()):
+            call(plain)
         optimizer.zero_grad()
 
 
