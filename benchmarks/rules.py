@@ -47,6 +47,18 @@ def adamw_alone(model: nn.Module, lr: float) -> Optimizer:
     return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr)
 
 
+def eight_bits(name: str, lr: float | None = None) -> Callable[[nn.Module, float], Optimizer]:
+    """An optimizer of bitsandbytes for everything, by default with the usual rate of the head."""
+
+    def build(model: nn.Module, mask_lr: float) -> Optimizer:
+        import bitsandbytes  # type: ignore[import-untyped]
+
+        optimizer_cls = getattr(bitsandbytes.optim, name)
+        return create_mask_optimizer(model, optimizer_cls, lr=lr or HEAD_LR, mask_lr=mask_lr)
+
+    return build
+
+
 def penalized(model: nn.Module, lr: float) -> Optimizer:
     optimizer, penalty = mask_adamw(model, lr), SparsityPenalty(0.02)
     optimizer.register_step_pre_hook(lambda *_: penalty(model))
@@ -108,6 +120,20 @@ RULES = {
             f"scores_dtype='bfloat16', {ADAMW_NOTE}",
             mask(scores_dtype="bfloat16"),
             adamw_alone,
+            (5e-4,),
+        ),
+        Method(
+            "adamw-8bit",
+            f"the default, scores and head by bitsandbytes' AdamW8bit; {HEAD_NOTE}",
+            mask(),
+            eight_bits("AdamW8bit"),
+            (5e-4,),
+        ),
+        Method(
+            "lion-8bit",
+            "the default, scores and head by bitsandbytes' Lion8bit; the head learns at 0.0005",
+            mask(),
+            eight_bits("Lion8bit", 5e-4),
             (5e-4,),
         ),
         Method("biases", f"mask_biases=True, {BY_VOTES}", mask(mask_biases=True), mask_adamw, (5e-4,)),
