@@ -42,6 +42,18 @@ def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
     return build
 
 
+def by_sigmoid(build: Callable[[nn.Module, str], nn.Module]) -> Callable[[nn.Module, str], nn.Module]:
+    """The estimator that multiplies a score's gradient by the derivative of the sigmoid there, not by one."""
+
+    def hooked(model: nn.Module, task_type: str) -> nn.Module:
+        built = build(model, task_type)
+        for scores in (p for name, p in built.named_parameters() if "peft_mask_scores" in name):
+            scores.register_hook(lambda grad, s=scores: grad * s.sigmoid() * (1 - s.sigmoid()))
+        return built
+
+    return hooked
+
+
 def adamw_alone(model: nn.Module, lr: float) -> Optimizer:
     """AdamW for scores whose order alone counts, too, in place of sign steps: it rounds 16 bits to the nearest."""
     return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr)
@@ -89,6 +101,20 @@ RULES = {
             "bernoulli",
             f"binarizer='bernoulli', 5 % off at the start, {ADAMW_NOTE}",
             mask(binarizer="bernoulli", candidates=None),
+            mask_adamw,
+            (3e-2, 1e-1),
+        ),
+        Method(
+            "threshold-sigmoid",
+            f"threshold, its gradient times the derivative of the sigmoid, {ADAMW_NOTE}",
+            by_sigmoid(paper()),
+            mask_adamw,
+            (1e-3, 3e-3),
+        ),
+        Method(
+            "bernoulli-sigmoid",
+            f"bernoulli, its gradient times the derivative of the sigmoid, {ADAMW_NOTE}",
+            by_sigmoid(mask(binarizer="bernoulli", candidates=None)),
             mask_adamw,
             (3e-2, 1e-1),
         ),

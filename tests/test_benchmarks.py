@@ -203,6 +203,20 @@ def test_every_rule_builds_a_model_that_learns_masks(name, head):
     assert moved >= len(scores) / 2, "biases of a fresh model are zeros, and their scores get no gradient"
 
 
+def test_the_estimator_of_the_sigmoid_scales_the_gradient_of_the_identity():
+    gradients = []
+    for name in ("threshold", "threshold-sigmoid"):
+        torch.manual_seed(0)
+        model = rules.RULES[name].build(tiny_model("bert", "seq_cls"), "SEQ_CLS").eval()
+        model(**tiny_inputs(model, labels=True)).loss.backward()
+        scores = {key: p for key, p in model.named_parameters() if "peft_mask_scores" in key}
+        gradients.append({key: p.grad for key, p in scores.items()})
+    identity, scaled = gradients
+    for key, p in scores.items():
+        torch.testing.assert_close(scaled[key], identity[key] * torch.special.expit(p) * torch.special.expit(-p))
+        assert scaled[key].any()
+
+
 def test_the_table_of_rules_says_which_rate_was_tested(tmp_path):
     (tmp_path / "trec").mkdir()
     result = {"task": "trec", "method": "row", "lr": 5e-4, "dev": 0.9, "sparsity": 0.005, "bits_per_weight": 0.01}
