@@ -59,14 +59,13 @@ def adamw_alone(model: nn.Module, lr: float) -> Optimizer:
     return create_mask_optimizer(model, AdamW, lr=HEAD_LR, mask_lr=lr)
 
 
-def eight_bits(name: str, lr: float | None = None) -> Callable[[nn.Module, float], Optimizer]:
-    """An optimizer of bitsandbytes for everything, by default with the usual rate of the head."""
+def eight_bits(name: str) -> Callable[[nn.Module, float], Optimizer]:
+    """An optimizer of bitsandbytes, for scores and head."""
 
-    def build(model: nn.Module, mask_lr: float) -> Optimizer:
+    def build(model: nn.Module, lr: float) -> Optimizer:
         import bitsandbytes  # type: ignore[import-untyped]
 
-        optimizer_cls = getattr(bitsandbytes.optim, name)
-        return create_mask_optimizer(model, optimizer_cls, lr=lr or HEAD_LR, mask_lr=mask_lr)
+        return create_mask_optimizer(model, getattr(bitsandbytes.optim, name), lr=HEAD_LR, mask_lr=lr)
 
     return build
 
@@ -157,9 +156,9 @@ RULES = {
         ),
         Method(
             "lion-8bit",
-            "the default, scores and head by bitsandbytes' Lion8bit; the head learns at 0.0005",
+            f"the default, scores and head by bitsandbytes' Lion8bit; {HEAD_NOTE}",
             mask(),
-            eight_bits("Lion8bit", 5e-4),
+            eight_bits("Lion8bit"),
             (5e-4,),
         ),
         Method("biases", f"mask_biases=True, {BY_VOTES}", mask(mask_biases=True), mask_adamw, (5e-4,)),
