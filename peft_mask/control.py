@@ -20,7 +20,7 @@ from peft_mask.fields import check_number
 from peft_mask.init import restart_margin
 from peft_mask.layer import MaskLayer
 from peft_mask.noise import uniform_like
-from peft_mask.sharded import absolute_sum, local, local_part, whole
+from peft_mask.sharded import absolute_sum, check_can_change, local, local_part, whole
 
 
 def trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
@@ -201,6 +201,9 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _gradients(scores: Iterable[Tensor], who: str) -> list[tuple[Tensor, Tensor]]:
     """Return those scores that have a gradient, and the gradients: layers that a task does not use have none."""
+    scores = list(scores)
+    for each in scores:
+        check_can_change(each, who)
     found = [(each, each.grad) for each in scores if each.grad is not None]
     if not found:
         raise ValueError(
@@ -217,6 +220,7 @@ def _compared(model: nn.Module, who: str) -> Iterator[tuple[str, MaskLayer, Tens
         rule = layer.rule(adapter)
         if rule.zeros is None and rule.group is None:
             found = True
+            check_can_change(layer.peft_mask_scores[adapter], who)
             yield adapter, layer, layer.peft_mask_scores[adapter]
     if not found:
         raise ValueError(

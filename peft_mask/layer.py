@@ -20,7 +20,7 @@ from peft_mask.init import initial_scores
 from peft_mask.packing import unpack_bits, zero_positions
 from peft_mask.rows import BASE, forward_rows
 from peft_mask.rules import Rule, rule_for
-from peft_mask.sharded import whole
+from peft_mask.sharded import is_taken_away, whole
 from peft_mask.stored import Displaced, StoredWeight
 
 
@@ -147,6 +147,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
+        if is_taken_away(self.stored.parameter):
+            return self._fingerprint
         return self._fingerprint_of(self.unmerged_weight())
 
     def _fingerprint_of(self, weight: torch.Tensor) -> Fingerprint:
@@ -161,7 +163,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def packed_mask(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's mask as packed bits, uint8 of shape (rows, ceil(columns / 8)).
 
-        Under FSDP2 the scores are gathered first, for which all processes must call this.
+        Under FSDP2 and ZeRO-3 the scores are gathered first, for which all processes must call this.
 
         Raises:
             ValueError: if a score is NaN, which has no mask, or if no mask was loaded.
@@ -169,7 +171,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.peft_mask_bits:
             self.peft_mask_bits.check_filled(adapter_name)
             return self.peft_mask_bits[adapter_name]
-        scores = whole(self.peft_mask_scores[adapter_name].detach())
+        scores = whole(self.peft_mask_scores[adapter_name]).detach()
         if scores.isnan().any():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
 import torch
 
-from peft_mask.sharded import absolute_sum, is_flattened
+from peft_mask.sharded import absolute_sum, is_flattened, sum_over_processes
 
 
 class SignAdamW(torch.optim.AdamW):
@@ -32,6 +32,10 @@ class SignAdamW(torch.optim.AdamW):
     A step whose gradients are not all finite is no step: nothing changes, of no parameter, and a warning says so. After
     one NaN, AdamW's parameters would be NaN for ever, and a mask has no value for a score that is NaN.
 
+    DeepSpeed ZeRO hands an optimizer a flat piece of all parameters of a group in their place. Where these are one
+    matrix, the step is that of the matrix: gradients are summed up over the processes. So a group with `sign=True` must
+    hold one matrix there, as those of `create_mask_optimizer` do.
+
     Args:
         params: parameters or groups, as for AdamW; groups may hold `"sign": True`.
         **kwargs: as for AdamW.
@@ -52,8 +56,9 @@ class SignAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_whole()
         norms = {p: absolute_sum(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if self._in_pieces():
+            norms = dict(zip(norms, sum_over_processes(list(norms.values())), strict=True))
         if not self._are_finite(norms.values()):
             warnings.warn(
                 "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
@@ -63,11 +68,9 @@ class SignAdamW(torch.optim.AdamW):
             )
             return loss
         everything = self.param_groups
-        for group in everything:
-            if group.get("sign"):
-                for index, parameter in enumerate(group["params"]):
-                    if parameter in norms:
-                        self._sign_step(parameter, norms[parameter], group["lr"], index)
+        for index, (group, parameter, size) in enumerate(self._voted_on()):
+            if parameter in norms:
+                self._sign_step(parameter, norms[parameter] / size, group["lr"], index)
         self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
@@ -77,22 +80,34 @@ class SignAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._sizes = self._sizes_now()
+        group = self.param_groups[-1]
+        group["sizes"] = [p.numel() for p in group["params"]]  # kept with the group, which ZeRO steps one at a time
 
-    def _sizes_now(self) -> list[list[int]]:
-        return [[p.numel() for p in group["params"]] for group in self.param_groups if group.get("sign")]
+    def _voted_on(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, int]]:
+        """Yield group, parameter and size of what takes sign steps; of a piece, the size of the whole matrix."""
+        for group in self.param_groups:
+            if group.get("sign"):
+                for parameter, size in zip(group["params"], group["sizes"], strict=False):
+                    yield group, parameter, size
 
-    def _check_whole(self) -> None:
-        """Refuse pieces of matrices. FSDP2's parameters are none: their size is that of all shards."""
-        sizes = self._sizes_now()
-        flattened = any(is_flattened(p) for group in self.param_groups if group.get("sign") for p in group["params"])
-        if flattened or self.__dict__.get("_sizes", sizes) != sizes:  # a copy of an optimizer has no such attribute
-            raise RuntimeError(
-                "cannot take sign steps: the parameters are no longer those that SignAdamW was made for but pieces of "
-                "them, as FSDP1 and DeepSpeed ZeRO make, and the steps depend on the gradients of whole matrices. Use "
-                "DDP or FSDP2 (fsdp_version: 2), or train the scores with create_mask_optimizer(model, "
-                "torch.optim.AdamW)."
-            )
+    def _in_pieces(self) -> bool:
+        """Return whether parameters are pieces of those that were given; refuse pieces that may be of several matrices.
+
+        FSDP2's parameters are none: their size is that of all shards.
+        """
+        found = False
+        for group in self.param_groups:
+            params, sizes = group["params"], group["sizes"]
+            pieces = [p.numel() for p in params] not in ([], sizes)  # ZeRO-3 empties the groups that it does not step
+            found |= pieces
+            if group.get("sign") and ((pieces and len(sizes) > 1) or any(map(is_flattened, params))):
+                raise RuntimeError(
+                    "cannot take sign steps: the parameters are no longer those that SignAdamW was made for but pieces "
+                    "of them, as FSDP1 and DeepSpeed ZeRO make, and the steps depend on the gradients of whole "
+                    "matrices. Use DDP or FSDP2 (fsdp_version: 2); under ZeRO, create_mask_optimizer(model), which "
+                    "makes a group for each matrix, of which it then knows the pieces."
+                )
+        return found
 
     def step_in_backward(self) -> None:
         """Take the sign steps within the backward pass: each as soon as its parameter has a gradient, which is freed.
@@ -115,15 +130,14 @@ class SignAdamW(torch.optim.AdamW):
                 f"cannot step in the backward pass of {world} processes: the gradients of each would be used before "
                 "they are averaged. Call optimizer.step() as usual."
             )
-        for place, group in enumerate(self.param_groups):
-            if group.get("sign"):
-                for index, parameter in enumerate(group["params"]):
-                    parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
+        places = {id(group): place for place, group in enumerate(self.param_groups)}  # loading a state makes new groups
+        for index, (group, parameter, _) in enumerate(self._voted_on()):
+            parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, places[id(group)], index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
         norm = absolute_sum(cast(torch.Tensor, parameter.grad))
         self._norms_in_backward += (norm,)
-        self._sign_step(parameter, norm, self.param_groups[place]["lr"], index)
+        self._sign_step(parameter, norm / parameter.numel(), self.param_groups[place]["lr"], index)
         parameter.grad = None
 
     def _are_finite(self, norms: Iterable[torch.Tensor]) -> bool:
@@ -133,8 +147,8 @@ class SignAdamW(torch.optim.AdamW):
         return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
 
     @torch.no_grad()
-    def _sign_step(self, parameter: torch.Tensor, norm: torch.Tensor, lr: float, index: int) -> None:
-        size = lr * self._count_of_vote(parameter, norm / parameter.numel())
+    def _sign_step(self, parameter: torch.Tensor, mean: torch.Tensor, lr: float, index: int) -> None:
+        size = lr * self._count_of_vote(parameter, mean)
         grad = cast(torch.Tensor, parameter.grad)
         if parameter.dtype in (torch.bfloat16, torch.float16):
             step = int(self.state[parameter]["step"])

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft_mask.budget import sparsity_for_bytes
 from peft_mask.config import MaskConfig
 from peft_mask.layer import MaskLayer, onloaded
+from peft_mask.sharded import check_can_change
 from peft_mask.state import adapter_bytes
 
 
@@ -90,6 +91,8 @@ class ScoredAdapters(BaseTuner):
         """
         name = adapter_name or self._only_active()
         layers = dict(self._scored_layers(name))
+        for layer in layers.values():
+            check_can_change(layer.peft_mask_scores[name], "set_candidates")
         _check_modules(f"the candidates of '{name}'", positions, layers)
         changes = {
             module: layer.checked_candidates(name, positions[module], module) for module, layer in layers.items()
@@ -131,6 +134,8 @@ class ScoredAdapters(BaseTuner):
         """
         name = adapter_name or self._only_active()
         layers = dict(self._scored_layers(name))
+        for layer in layers.values():
+            check_can_change(layer.peft_mask_scores[name], "set_scores")
         if callable(scores):
             given = {}
             for module, layer in layers.items():

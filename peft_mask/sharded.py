@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: what FSDP2 can put together again, and what others have flattened."""
+"""Tensors of which each process holds a part: what FSDP and DeepSpeed do to them, and how they become whole again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,23 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing torch.distributed
 
 
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """Return the shape of a parameter, which it keeps where DeepSpeed ZeRO-3 has taken its values away."""
+    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_taken_away(parameter: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 keeps a parameter in parts, as it does outside the forward pass of the module."""
+    return parameter.shape != shape_of(parameter)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as it would be in one process; if it is sharded, all processes must call this together."""
+    """Return a tensor as it would be in one process; if it is in parts, all processes must call this together."""
+    if is_taken_away(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -41,6 +56,23 @@ def absolute_sum(tensor: torch.Tensor) -> torch.Tensor:
     return whole(torch.linalg.vector_norm(tensor, ord=1, dtype=dtype))
 
 
+def sum_over_processes(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return numbers of this process plus those of all others, which must call this together."""
+    total = torch.stack(values)
+    torch.distributed.all_reduce(total)
+    return list(total.unbind())
+
+
 def is_flattened(parameter: torch.Tensor) -> bool:
     """Return whether FSDP1 keeps a parameter as part of a flat one, so that its shape is that of some piece."""
     return getattr(parameter, "_fsdp_flattened", False)
+
+
+def check_can_change(parameter: torch.Tensor, what: str) -> None:
+    """Raise a `RuntimeError` if DeepSpeed trains a parameter: it does that in a copy of its own, in its own time."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        raise RuntimeError(
+            f"{what} would have no effect: DeepSpeed takes its step within the backward pass, in copies of the "
+            "parameters, and overwrites what is changed in between. Do it before the model is prepared, or train under "
+            "DDP."
+        )

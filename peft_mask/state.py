@@ -23,7 +23,7 @@ from peft_mask.layer import MaskLayer, onloaded
 from peft_mask.packing import count_zeros, unpack_bits
 from peft_mask.ranks import WrongBaseError
 from peft_mask.record import read_record, write_record
-from peft_mask.sharded import is_sharded
+from peft_mask.sharded import is_sharded, is_taken_away, shape_of
 
 BITS, _SCORES, _POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
 FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_scores` adds to a file
@@ -69,17 +69,26 @@ def records_of_adapter(
         `keep_scores` asked for them.
 
     Raises:
-        ValueError: if scores contain NaN or are sharded, or a mask was never loaded.
+        ValueError: if scores contain NaN or are sharded, or a mask was never loaded; if there is nothing to save from.
     """
-    if not state_dict:  # a rank that is not to save
+    layers = layers_of_adapter(model, adapter_name)
+    if not state_dict:
+        if layers and _is_to_save():
+            raise ValueError(
+                f"cannot save the adapter '{adapter_name}': the state dict that was handed over is empty. Under "
+                "DeepSpeed ZeRO-3 set stage3_gather_16bit_weights_on_model_save to true (in a configuration of "
+                "Accelerate: zero3_save_16bit_model: true)."
+            )
         return {}
     tensors: dict[str, torch.Tensor] = {}
     dead, inexact = [], []
-    for path, layer in layers_of_adapter(model, adapter_name).items():
+    for path, layer in layers.items():
         layer.peft_mask_bits.check_filled(adapter_name)
         bits_key, scores_key = f"{path}{BITS}.{adapter_name}", f"{path}{_SCORES}.{adapter_name}"
         scores = state_dict.get(scores_key)
-        if scores is not None and is_sharded(scores):
+        if scores is not None and (
+            is_sharded(scores) or scores.numel() < shape_of(layer.peft_mask_scores[adapter_name]).numel()
+        ):
             raise ValueError(
                 f"cannot save the mask of '{_module_name(path)}': its scores are sharded over processes. Use "
                 "trainer.save_model(folder), or let all processes call accelerator.get_state_dict(model), and one of "
@@ -117,6 +126,12 @@ def records_of_adapter(
     return tensors
 
 
+def _is_to_save() -> bool:
+    """Whether this is the process that gets the whole state dict of a model in parts; the others get an empty one."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
+
+
 def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) -> int:
     """Return the size of `adapter_model.safetensors` with the masks of an adapter and no task head."""
     sizes = {}
@@ -131,7 +146,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
 
 def _base_to_code_against(layer: MaskLayer) -> torch.Tensor | None:
     """Return the base weight if it is here, whole, and in a dtype that all readers round alike."""
-    if layer.stored.exact is False:
+    if layer.stored.exact is False or is_taken_away(layer.stored.parameter):
         return None
     weight = layer.unmerged_weight()
     whole = not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter)

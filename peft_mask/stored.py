@@ -10,6 +10,8 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from peft_mask.sharded import is_taken_away, shape_of
+
 BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
@@ -38,7 +40,7 @@ class StoredWeight:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight, and so of its masks."""
-        return self.parameter.shape
+        return shape_of(self.parameter)
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +94,12 @@ class StoredWeight:
             owner[self.name] = parameter
 
     def _elements(self) -> torch.Tensor:
+        if is_taken_away(self.parameter):
+            raise ValueError(
+                f"cannot reach the {self.name} of a {type(self.module).__name__}, of shape {tuple(self.shape)}: "
+                "DeepSpeed ZeRO-3 keeps it in parts. Save the adapter, and load or merge it into a base model outside "
+                "DeepSpeed."
+            )
         return self.parameter.data
 
     def _values_of(self, elements: torch.Tensor) -> torch.Tensor:

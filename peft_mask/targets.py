@@ -18,6 +18,7 @@ from peft_mask.head import linear_layers
 from peft_mask.layer import MaskLayer
 from peft_mask.modules import mask_layer_type, stored_weights
 from peft_mask.options import TASKS_WITH_HEAD
+from peft_mask.sharded import is_taken_away
 from peft_mask.stand_in import ParamWrapper
 from peft_mask.stored import StoredWeight
 from peft_mask.units import check_groups, unit_shape
@@ -112,6 +113,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                     "until merging and masked afterwards. Leave it out of target_modules, or untie the weights "
                     "first."
                 )
+            _check_in_one_piece(part, stored)
             shapes[part] = stored.shape
             _check_units(part, stored.shape, dimension, config)
     for name, module, parameter_name in matched_parameters(model, config):
@@ -130,6 +132,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
                 f"two dimensions, got {stored.parameter.dtype} of shape {tuple(stored.shape)}. Leave it out of "
                 "target_parameters."
             )
+        _check_in_one_piece(f"{name}.{parameter_name}", stored)
         shapes[f"{name}.{parameter_name}"] = stored.shape
         _check_units(f"{name}.{parameter_name}", stored.shape, None, config)
     return shapes
@@ -152,6 +155,15 @@ def _check_free(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"cannot mask '{name}': it already carries an adapter of type {type(module).__module__}. Masks do not "
             "combine with other methods in one layer; unload that adapter first."
+        )
+
+
+def _check_in_one_piece(name: str, stored: StoredWeight) -> None:
+    if is_taken_away(stored.parameter):
+        raise ValueError(
+            f"cannot mask '{name}': DeepSpeed ZeRO-3 keeps its weight of shape {tuple(stored.shape)} in parts, and "
+            "which weights get a score follows from their values. Make the model with its masks before "
+            "TrainingArguments or Accelerator; DeepSpeed takes it apart when it prepares it."
         )
 
 

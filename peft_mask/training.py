@@ -71,13 +71,16 @@ def create_mask_optimizer(
             "the model has no mask scores to train: wrap it with get_peft_model(model, MaskConfig(...)), or load the "
             "adapter with is_trainable=True."
         )
-    ranked = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained if layer.has_budget(adapter)]
-    compared = [layer.peft_mask_scores[adapter] for _, layer, adapter in trained if not layer.has_budget(adapter)]
+    signed = issubclass(optimizer_cls, SignAdamW)
+    ranked: list[nn.Parameter] = []
+    compared: list[nn.Parameter] = []
+    for _, layer, adapter in trained:
+        (ranked if signed and layer.has_budget(adapter) else compared).append(layer.peft_mask_scores[adapter])
     known = {id(parameter) for parameter in (*ranked, *compared)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    sign = {"sign": True} if issubclass(optimizer_cls, SignAdamW) else {}
     groups = [
-        {"params": ranked, "lr": mask_lr, "weight_decay": 0.0, **sign},
+        # a group for each matrix, which DeepSpeed's pieces are then of
+        *({"params": [scores], "lr": mask_lr, "weight_decay": 0.0, "sign": True} for scores in ranked),
         {"params": compared, "lr": mask_lr, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
