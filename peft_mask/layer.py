@@ -167,6 +167,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: if a score is NaN, which has no mask, or if no mask was loaded.
+            RuntimeError: under FSDP1, outside the forward pass.
         """
         if adapter_name in self.peft_mask_bits:
             self.peft_mask_bits.check_filled(adapter_name)

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from peft_mask.sharded import is_taken_away, shape_of
+from peft_mask.sharded import is_flattened, is_taken_away, shape_of
 
 BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
@@ -40,6 +40,11 @@ class StoredWeight:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight, and so of its masks."""
+        if is_flattened(self.parameter) and self.parameter.dim() == 1:
+            raise RuntimeError(
+                f"FSDP1 keeps the {self.name} of a {type(self.module).__name__} as a piece of a flat parameter, of "
+                "which no mask can be made, merged or saved. Use FSDP2 (fsdp_version: 2)."
+            )
         return shape_of(self.parameter)
 
     @property

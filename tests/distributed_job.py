@@ -1,10 +1,10 @@
 """A training that several processes share, for `accelerate launch --config_file ...`.
 
-    distributed_job.py FOLDER [STEPS]
+    distributed_job.py FOLDER [STEPS [DTYPE]]
 
 trains up to STEPS in batches of 8, each process its part, with a checkpoint every third step, goes on from the last one
-in FOLDER if there is one, and writes the adapter there at the end. In float64 no gradient is so close to zero that the
-order of a sum decides its sign.
+in FOLDER if there is one, and writes the adapter there at the end. In float64, the default, no gradient is so close to
+zero that the order of a sum decides its sign. DeepSpeed trains in float32 at most.
 """
 
 import os
@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
+from peft_mask.sharded import is_taken_away
 from tests.tiny_models import tiny_inputs, tiny_model
 
 BATCH, STEPS = 8, 6
@@ -55,8 +56,9 @@ class MaskTrainer(Trainer):
         return self.optimizer
 
 
-def main(folder: Path, stop: int) -> None:
+def main(folder: Path, stop: int, dtype: str) -> None:
     torch.set_num_threads(1)
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         offer_fsdp_on_cpu()
     base = tiny_model("bert")
@@ -64,7 +66,7 @@ def main(folder: Path, stop: int) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # each process draws its own
     torch.manual_seed(0)
-    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", target_sparsity=0.02)).double()
+    model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS", target_sparsity=0.02)).to(getattr(torch, dtype))
     inputs = tiny_inputs(base, batch_size=32, labels=True)
     rows = [{name: value[i] for name, value in inputs.items()} for i in range(32)]
     arguments = TrainingArguments(
@@ -75,7 +77,8 @@ def main(folder: Path, stop: int) -> None:
         logging_steps=1,
         average_tokens_across_devices=False,  # it would multiply the loss by the number of processes
         report_to=[],
-        use_cpu=True,
+        use_cpu=not deepspeed,  # Accelerate takes it to mean DDP
+        ddp_backend="gloo" if deepspeed else None,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
@@ -85,9 +88,15 @@ def main(folder: Path, stop: int) -> None:
         train_dataset=rows,
         callbacks=[MaskCallback(SparsitySchedule("linear", end=0.5)), StopAfter(stop)],
     )
+    if deepspeed:  # which would leave weights as small as these whole
+        settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        settings["stage3_param_persistence_threshold"] = 0
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     trainer.save_model(folder)
+    in_parts = [is_taken_away(p) for p in model.parameters()]
+    assert all(in_parts) if deepspeed and settings["stage"] == 3 else not any(in_parts)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS)
+    folder, stop, dtype = (*sys.argv[1:], *("", str(STEPS), "float64")[len(sys.argv) - 1 :])
+    main(Path(folder), int(stop), dtype)

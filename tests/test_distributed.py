@@ -18,6 +18,7 @@ from peft_mask import (
     GradientDropout,
     HoldSparsity,
     MaskConfig,
+    MaskStatistics,
     SparsityPenalty,
     create_mask_optimizer,
 )
@@ -84,14 +85,14 @@ class Rounded(torch.optim.SGD):
         return super().step(closure)
 
 
-def train_sharded(ours, case, rows):
+def train_sharded(ours, case, rows, **settings):
     """Train under FSDP2; the state dict of all shards, on the first process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     for layer in [module for module in ours.modules() if isinstance(module, MaskLayer)]:
-        fully_shard(layer)
-    fully_shard(ours)
+        fully_shard(layer, **settings)
+    fully_shard(ours, **settings)
     train(ours, case, rows)
     local = [p for name, p in ours.named_parameters() if "scores" in name]
     assert all(p.to_local().numel() < p.numel() for p in local)
@@ -121,6 +122,9 @@ def on_each_rank(rank, folder):
             if rank == 0:
                 sharded.save_pretrained(f"{folder}/fsdp2/{case}/{rank}", state_dict=state)
             dist.barrier()
+        policy = dist.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        _, masks = train_sharded(model("topk"), "topk", rows, mp_policy=policy)
+        torch.save(masks, f"{folder}/mixed-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -156,6 +160,43 @@ def test_every_process_sees_the_whole_mask_of_scores_that_are_sharded(trained, c
         assert all(torch.equal(masks[name], mask) for name, mask in masks_of(one).items())
 
 
+def test_sharded_scores_are_trained_in_mixed_precision(trained):
+    one = model("topk")
+    train(one, "topk")
+    expected = masks_of(one)
+    for rank in range(WORLD):
+        masks = torch.load(trained / f"mixed-{rank}.pt")
+        assert all(int((~mask).sum()) == round(0.03 * mask.numel()) for mask in masks.values() if mask.numel() > 16)
+        # gradients of another precision: now and then another vote
+        assert sum(int((masks[name] != mask).sum()) for name, mask in expected.items()) <= 4
+
+
+def in_pieces():
+    """A model as FSDP1 leaves it outside the forward pass."""
+    ours = model("topk")
+    for parameter in ours.parameters():
+        parameter._fsdp_flattened = True
+        parameter.data = parameter.data.flatten()[: parameter.numel() // 2]
+    return ours
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        MaskStatistics,
+        masks_of,
+        get_peft_model_state_dict,
+        lambda ours: get_peft_model_state_dict(ours, state_dict=model("topk").state_dict()),
+        lambda ours: ours.merge_adapter(),
+        lambda ours: ours.base_model.set_target_sparsity(0.02),
+    ],
+    ids=["statistics", "mask", "save", "save whole", "merge", "budget"],
+)
+def test_whatever_needs_a_mask_refuses_the_pieces_of_fsdp1(use):
+    with pytest.raises(RuntimeError, match=r"FSDP1 keeps the weight of a Linear as a piece .* Use FSDP2"):
+        use(in_pieces())
+
+
 def test_one_sharded_adapter_is_an_ordinary_one(trained):
     files = {path.name for path in (trained / "fsdp2" / "topk" / "0").iterdir()}
     assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
@@ -163,15 +204,18 @@ def test_one_sharded_adapter_is_an_ordinary_one(trained):
     assert all(int((~mask).sum()) == round(0.03 * mask.numel()) for mask in masks_of(loaded).values())
 
 
-def job(folder, processes, steps="6", kind="ddp"):
+def job(folder, processes, steps="6", kind="ddp", dtype="float64"):
     """Run `distributed_job.py` as a user launches it, with a configuration of the examples."""
     root = Path(__file__).parents[1]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(root / f"examples/accelerate/{kind}.yaml")]
     launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    if not kind.startswith("zero"):
+        environment["ACCELERATE_USE_CPU"] = "true"
     script = str(Path(__file__).with_name("distributed_job.py"))
     done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), script, str(folder), steps],
+        [sys.executable, *(launcher if processes > 1 else []), script, str(folder), steps, dtype],
         env=environment,
         capture_output=True,
         text=True,
