@@ -216,6 +216,11 @@ def on_each_rank(rank, folder):
                 },
             )
             train(engine, None, slice(4 * rank, 4 * rank + 4), dtype)
+            with pytest.raises(RuntimeError, match="set_scores would have no effect"):
+                ours.base_model.set_scores(lambda name, weight: weight)
+            if stage == 3:
+                with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 keeps it in parts"):
+                    ours.merge_adapter()
             layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, MaskLayer)}
             torch.save({n: layer.mask("default") for n, layer in layers.items()}, f"{folder}/{stage}-{dtype}-{rank}.pt")
     finally:

@@ -411,7 +411,7 @@ def test_hyperparameter_search_tries_sparsities_and_learning_rates(tmp_path):
             budget = kwargs["model"].peft_config["default"].target_sparsity
             sparsity = [entry["sparsity"] for entry in state.log_history if "sparsity" in entry][-1]
             assert sparsity == pytest.approx(budget, rel=0.3)
-            tried.add((budget, optimizer.param_groups[1]["initial_lr"]))
+            tried.add((budget, optimizer.param_groups[-1]["initial_lr"]))
 
     data = rows(tiny_model("bert"))
     trainer = MaskTrainer(
