@@ -102,6 +102,13 @@ def test_pieces_of_several_matrices_are_refused():
         optimizer.step()
 
 
+def test_a_group_that_zero_3_has_emptied_for_now_is_no_piece():
+    p, *others = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    optimizer = SignAdamW([{"params": [p], "sign": True, "lr": 1.0}, {"params": others, "sign": True}])
+    optimizer.param_groups[1]["params"] = []
+    assert steps_of([optimizer], [p], [([1.0, -1.0],)]) == [-1.0, 1.0]
+
+
 def test_scores_that_take_sign_steps_have_a_group_each():
     groups = create_mask_optimizer(model()).param_groups
     assert [group["sizes"] for group in groups] == [[40], [13]]
