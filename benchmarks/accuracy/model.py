@@ -14,7 +14,7 @@ from transformers import (
     BertPreTrainedModel,
     MPNetModel,
     MPNetPreTrainedModel,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -28,7 +28,7 @@ class MeanPooled(PreTrainedModel):
     model (banking77, 300 steps, head at 1e-3, dev: full .874, mask .777).
     """
 
-    def __init__(self, config: PreTrainedConfig, encoder: type[PreTrainedModel]) -> None:
+    def __init__(self, config: PretrainedConfig, encoder: type[PreTrainedModel]) -> None:
         super().__init__(config)
         setattr(self, self.base_model_prefix, encoder(config, add_pooling_layer=False))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -49,12 +49,12 @@ class MeanPooled(PreTrainedModel):
 
 
 class MeanPooledBert(MeanPooled, BertPreTrainedModel):
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config, BertModel)
 
 
 class MeanPooledMPNet(MeanPooled, MPNetPreTrainedModel):
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config, MPNetModel)
 
 
