@@ -123,9 +123,9 @@ class HoldSparsity:
                 f"cannot hold a sparsity of {self.sparsity:g}: {zeros} weights are to be off, {len(scores)} have a "
                 "score. Raise candidates."
             )
-        below, above = scores.topk(zeros + 1, largest=False).values[-2:]
+        shift = scores.topk(zeros + 1, largest=False).values[-2:].sum() / 2
         for _, _, values in found:
-            local(values).sub_(((below + above) / 2).to(values.device))
+            local(values).sub_(shift.to(values.device))
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ class GradientDropout:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
-        names = {layer.peft_mask_scores[adapter]: name for name, layer, adapter in trained_scores(model)}
+        names = {
+            layer.peft_mask_scores[adapter]: name for name, layer, adapter in _changeable(model, "GradientDropout")
+        }
         for scores, grad in _gradients(names, "GradientDropout"):
             key = zlib.crc32(f"{self.seed}/dropout/{names[scores]}".encode())
             dropped = uniform_like(whole(scores), key) < self.probability
@@ -199,11 +201,15 @@ def _total(values: Iterable[Tensor]) -> Tensor:
     return sum((value.to(first.device) for value in rest), first)
 
 
+def _changeable(model: nn.Module, who: str) -> Iterator[tuple[str, MaskLayer, str]]:
+    """Yield what `trained_scores` does, and raise where a change of scores or gradients would be overwritten."""
+    for name, layer, adapter in trained_scores(model):
+        check_can_change(layer.peft_mask_scores[adapter], who)
+        yield name, layer, adapter
+
+
 def _gradients(scores: Iterable[Tensor], who: str) -> list[tuple[Tensor, Tensor]]:
     """Return those scores that have a gradient, and the gradients: layers that a task does not use have none."""
-    scores = list(scores)
-    for each in scores:
-        check_can_change(each, who)
     found = [(each, each.grad) for each in scores if each.grad is not None]
     if not found:
         raise ValueError(
@@ -216,11 +222,10 @@ def _gradients(scores: Iterable[Tensor], who: str) -> list[tuple[Tensor, Tensor]
 def _compared(model: nn.Module, who: str) -> Iterator[tuple[str, MaskLayer, Tensor]]:
     """Yield adapter, layer and scores of all that are compared with a threshold and trained."""
     found = False
-    for _, layer, adapter in trained_scores(model):
+    for _, layer, adapter in _changeable(model, who):
         rule = layer.rule(adapter)
         if rule.zeros is None and rule.group is None:
             found = True
-            check_can_change(layer.peft_mask_scores[adapter], who)
             yield adapter, layer, layer.peft_mask_scores[adapter]
     if not found:
         raise ValueError(

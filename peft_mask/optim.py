@@ -68,9 +68,9 @@ class SignAdamW(torch.optim.AdamW):
             )
             return loss
         everything = self.param_groups
-        for index, (group, parameter, size) in enumerate(self._voted_on()):
+        for index, (place, parameter, size) in enumerate(self._voted_on()):
             if parameter in norms:
-                self._sign_step(parameter, norms[parameter] / size, group["lr"], index)
+                self._sign_step(parameter, norms[parameter] / size, everything[place]["lr"], index)
         self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
@@ -83,12 +83,13 @@ class SignAdamW(torch.optim.AdamW):
         group = self.param_groups[-1]
         group["sizes"] = [p.numel() for p in group["params"]]  # kept with the group, which ZeRO steps one at a time
 
-    def _voted_on(self) -> Iterator[tuple[dict[str, Any], torch.Tensor, int]]:
-        """Yield group, parameter and size of what takes sign steps; of a piece, the size of the whole matrix."""
-        for group in self.param_groups:
+    def _voted_on(self) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Yield place of the group, parameter and size of what takes sign steps; of a piece, the size of its matrix."""
+        for place, group in enumerate(self.param_groups):
             if group.get("sign"):
+                # not strict: ZeRO-3 empties the groups that it does not step
                 for parameter, size in zip(group["params"], group["sizes"], strict=False):
-                    yield group, parameter, size
+                    yield place, parameter, size
 
     def _in_pieces(self) -> bool:
         """Return whether parameters are pieces of those that were given; refuse pieces that may be of several matrices.
@@ -98,7 +99,7 @@ class SignAdamW(torch.optim.AdamW):
         found = False
         for group in self.param_groups:
             params, sizes = group["params"], group["sizes"]
-            pieces = [p.numel() for p in params] not in ([], sizes)  # ZeRO-3 empties the groups that it does not step
+            pieces = [p.numel() for p in params] not in ([], sizes)
             found |= pieces
             if group.get("sign") and ((pieces and len(sizes) > 1) or any(map(is_flattened, params))):
                 raise RuntimeError(
@@ -130,9 +131,9 @@ class SignAdamW(torch.optim.AdamW):
                 f"cannot step in the backward pass of {world} processes: the gradients of each would be used before "
                 "they are averaged. Call optimizer.step() as usual."
             )
-        places = {id(group): place for place, group in enumerate(self.param_groups)}  # loading a state makes new groups
-        for index, (group, parameter, _) in enumerate(self._voted_on()):
-            parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, places[id(group)], index))
+        # by the place of their group: loading a state makes new groups
+        for index, (place, parameter, _) in enumerate(self._voted_on()):
+            parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
     def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
         norm = absolute_sum(cast(torch.Tensor, parameter.grad))

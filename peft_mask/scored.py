@@ -90,9 +90,7 @@ class ScoredAdapters(BaseTuner):
             ValueError: if the adapter has scores for all weights, or the positions are not such; nothing has changed.
         """
         name = adapter_name or self._only_active()
-        layers = dict(self._scored_layers(name))
-        for layer in layers.values():
-            check_can_change(layer.peft_mask_scores[name], "set_candidates")
+        layers = self._changeable_layers(name, "set_candidates")
         _check_modules(f"the candidates of '{name}'", positions, layers)
         changes = {
             module: layer.checked_candidates(name, positions[module], module) for module, layer in layers.items()
@@ -133,9 +131,7 @@ class ScoredAdapters(BaseTuner):
             True
         """
         name = adapter_name or self._only_active()
-        layers = dict(self._scored_layers(name))
-        for layer in layers.values():
-            check_can_change(layer.peft_mask_scores[name], "set_scores")
+        layers = self._changeable_layers(name, "set_scores")
         if callable(scores):
             given = {}
             for module, layer in layers.items():
@@ -166,6 +162,12 @@ class ScoredAdapters(BaseTuner):
                 "is_trainable=True from a checkpoint that has them, or do this before saving."
             )
         return found
+
+    def _changeable_layers(self, adapter_name: str, what: str) -> dict[str, MaskLayer]:
+        layers = dict(self._scored_layers(adapter_name))
+        for layer in layers.values():
+            check_can_change(layer.peft_mask_scores[adapter_name], what)
+        return layers
 
     def _check_has_budget(self, adapter_name: str) -> None:
         if self.peft_config[adapter_name].binarizer != "topk":

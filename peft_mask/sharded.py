@@ -38,13 +38,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_part(tensor: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """Return the part of a whole tensor that lies where this process's shard of another one does; all call together."""
+    """Return the part of a whole tensor, the same in all processes, that lies where the shard of another one does."""
     if not is_sharded(of):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    other = cast(Any, of)
-    return distribute_tensor(tensor, other.device_mesh, other.placements).to_local()
+    mesh = cast(Any, of).device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=cast(Any, of).placements).to_local()  # each takes its own, none sends
 
 
 def absolute_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -316,8 +316,9 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
-        share = 1.0 if self._schedule is None else self._schedule.share(_progress_kept(args, state))
+        share = 1.0
         if self._schedule is not None:
+            share = self._schedule.share(_progress_kept(args, state))
             spend_budget(kwargs["model"], share)
         if share == 1.0:
             fill_budget(kwargs["model"])

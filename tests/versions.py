@@ -25,5 +25,4 @@ ASKS_BEFORE_PUSHING = hasattr(transformers.TrainerCallback, "on_push_begin")
 MANAGES_ADAPTERS = Version(MIN_PEFT_VERSION) <= Version(peft.__version__)  # `add_adapter`, `set_adapter` and so on ask
 RESUMES_DOWNLOADS = Version("5") <= _TRANSFORMERS  # with the huggingface_hub that it comes with
 RUNS_ON_META = _runs_on_meta()  # its Llama and others that ask for no autocast of their rotary embeddings
-REPLACES_FILES = Version("0.8") <= Version(safetensors.__version__)  # others write into the old one
-KNOWS_COMPLEX = Version("0.8") <= Version(safetensors.__version__)  # not in 0.4.5
+REPLACES_FILES = KNOWS_COMPLEX = Version("0.8") <= Version(safetensors.__version__)  # 0.4.5 writes into the old file
