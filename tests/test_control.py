@@ -90,6 +90,19 @@ def test_the_gradient_added_is_that_of_the_formula():
         assert copy.grad.min() > 0, "too few are off: a step against the gradient lowers scores"
 
 
+def test_of_rows_the_penalty_counts_the_weights():
+    model = masked(**PAPER, structure="row")
+    model(torch.randn(8, 24)).square().sum().backward()
+    first, second = layers(model)
+    with torch.no_grad():
+        for layer, off in ((first, 24), (second, 16)):  # a quarter of the rows, and so of the weights, of each
+            layer.peft_mask_scores["default"].fill_(1.0)[:off] = -1.0
+    before = [layer.peft_mask_scores["default"].grad.clone() for layer in (first, second)]
+    SparsityPenalty(0.25)(model)
+    for layer, grad in zip((first, second), before, strict=True):
+        torch.testing.assert_close(layer.peft_mask_scores["default"].grad, grad)
+
+
 def test_the_penalty_means_the_same_whatever_the_scale_of_the_loss():
     pulls = []
     for scale in (1.0, 1e-4):
