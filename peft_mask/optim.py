@@ -83,6 +83,11 @@ class SignAdamW(torch.optim.AdamW):
         group = self.param_groups[-1]
         group["sizes"] = [p.numel() for p in group["params"]]  # kept with the group, which ZeRO steps one at a time
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved before groups had sizes
+            group.setdefault("sizes", [p.numel() for p in group["params"]])
+
     def _voted_on(self) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Yield place of the group, parameter and size of what takes sign steps; of a piece, the size of its matrix."""
         for place, group in enumerate(self.param_groups):

@@ -348,6 +348,13 @@ def test_batches_are_a_function_of_the_seed_and_show_every_row_once_an_epoch() -
     assert batches[:2] == list(training_batches(rows, seed=3, steps=2, batch_size=32))
 
 
+@pytest.mark.parametrize("numbers", [(0, 32), (STEPS, 0), (-1, 32)])
+def test_steps_and_batches_of_nothing_are_refused(setting: Setting, numbers: tuple[int, int]) -> None:
+    rows = setting.rows(TASKS["trec"], "train")
+    with pytest.raises(ValueError, match=f"steps and batch_size must be at least 1, got {numbers[0]} and {numbers[1]}"):
+        next(training_batches(rows, 0, *numbers))
+
+
 def test_too_few_rows_for_a_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="a batch of 32 needs as many rows, the training split has 1"):
         list(training_batches(Rows([[0]], [0], 1, pad=0), seed=0, steps=1, batch_size=32))

@@ -199,6 +199,17 @@ def test_a_resumed_optimizer_takes_the_same_steps(dtype):
     assert torch.equal(second[0], whole[0])
 
 
+def test_a_state_from_before_groups_had_sizes_is_taken():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = SignAdamW([{"params": [p], "sign": True, "lr": 1.0}])
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["sizes"]
+    optimizer.load_state_dict(state)
+    p.grad = torch.tensor([3.0, -4.0])
+    optimizer.step()
+    assert p.tolist() == [-1.0, 1.0]
+
+
 def test_other_groups_are_those_of_adamw():
     torch.manual_seed(0)
     one, other = nn.Linear(3, 2), nn.Linear(3, 2)

@@ -114,6 +114,8 @@ def training_batches(rows: Rows, seed: int, steps: int, batch_size: int) -> Iter
     Each epoch is shuffled, sorted by length inside groups of 32 batches (so that little padding is computed), and the
     batches are shuffled again.
     """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if len(rows.pieces) < batch_size:
         raise ValueError(f"a batch of {batch_size} needs as many rows, the training split has {len(rows.pieces)}")
     rng = np.random.default_rng(seed)
