@@ -163,6 +163,7 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
     for place, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.set(title=title, xscale="log", xlabel="adapter bytes, head left out", ylabel="test accuracy, %")
+        axes.margins(y=0.1)  # room for the names
         for i, family in enumerate(families):
             own = sorted((size, 100 * test, 100 * sd) for method, size, test, sd in points if _family(method) == family)
             if own and own[0][0] > 0:
@@ -172,7 +173,7 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
                 axes.axhline(own[0][1], linestyle="--", color=f"C{i}", label=f"{family} (no adapter)")
         axes.grid(alpha=0.3)
     if sizes := [m["bytes"] for m in means if m["bytes"] > 0]:
-        figure.axes[0].set_xlim(min(sizes) / 20, max(sizes) * 3)  # room for the names
+        figure.axes[0].set_xlim(min(sizes) / 20, max(sizes) * 3)
     for method, size, test, _ in panels["mean over tasks"]:
         if size > 0:
             point = (size, 100 * test)
