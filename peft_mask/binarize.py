@@ -12,12 +12,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from peft_mask.noise import uniform_like
-from peft_mask.packing import index_dtype
+from peft_mask.order import lowest
 
 # The largest negative number of a dtype that no processor setting turns into zero. Where subnormal numbers are flushed,
 # a score among them counts as zero; taking them all for zero makes the mask the same everywhere. For float16, whose
 # subnormal numbers are computed with as float32, it is the largest negative number there is.
 _JUST_BELOW_ZERO = {torch.float16: -(2.0**-24)}
+
+_FEW = 16  # members of a group, for which counting takes no longer than sorting
 
 
 def threshold_of(dtype: torch.dtype) -> float:
@@ -83,10 +85,26 @@ def binarize_groups(scores: torch.Tensor, kept: int, size: int, dimension: int =
     tensor([[1, 0, 0, 1, 1, 1, 0, 0]], dtype=torch.int32)
     """
     groups = scores.movedim(dimension, -1).unflatten(-1, (-1, size))
-    limit = groups.topk(kept, dim=-1).values.amin(-1, keepdim=True)
-    above, at = groups > limit, groups == limit
-    mask = above | (at & (at.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
+    mask = _highest_by_counting(groups, kept) if size <= _FEW else _highest_by_sorting(groups, kept)
     return mask.flatten(-2).movedim(-1, dimension)
+
+
+def _highest_by_counting(groups: torch.Tensor, kept: int) -> torch.Tensor:
+    """Mark those with fewer than `kept` before them: of small groups several times as fast as sorting."""
+    members = groups.unbind(-1)
+    marks = []
+    for i, own in enumerate(members):
+        before = torch.zeros_like(own, dtype=torch.int32)
+        for j, other in enumerate(members):
+            if j != i:
+                before += (other >= own) if j < i else (other > own)
+        marks.append(before < kept)
+    return torch.stack(marks, -1)
+
+
+def _highest_by_sorting(groups: torch.Tensor, kept: int) -> torch.Tensor:
+    highest = groups.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, highest, True)
 
 
 def binarize_bernoulli(scores: torch.Tensor, key: int) -> torch.Tensor:
@@ -132,19 +150,3 @@ def bounded(scores: torch.Tensor) -> torch.Tensor:
     at a bound, from where no score comes back.
     """
     return _Bounded.apply(scores)
-
-
-def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.Tensor:
-    """Mark the `count` lowest values among those that are at most `below`: bool, of the shape of `values`.
-
-    Ties go to the first in row-major order, so that the result is the same on every device. No tensor is read back, so
-    that nothing waits for a device and `torch.compile` sees one graph.
-    """
-    flat = values.reshape(-1)
-    count = min(count, flat.numel())
-    if count <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    limit = flat.topk(count, largest=False, sorted=False).values.nan_to_num(torch.inf).amax().clamp(max=below)
-    under, at = flat < limit, flat == limit
-    rank = at.cumsum(0, dtype=index_dtype(flat.numel()))
-    return (under | (at & (rank <= count - under.sum()))).view(values.shape)

@@ -11,8 +11,8 @@ import zlib
 
 import torch
 
-from peft_mask.binarize import lowest
 from peft_mask.config import MaskConfig
+from peft_mask.order import lowest
 from peft_mask.packing import index_dtype
 
 

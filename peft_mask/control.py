@@ -20,6 +20,7 @@ from peft_mask.fields import check_number
 from peft_mask.init import restart_margin
 from peft_mask.layer import MaskLayer
 from peft_mask.noise import uniform_like
+from peft_mask.order import nth_lowest
 from peft_mask.sharded import absolute_sum, check_can_change, local, local_part, whole
 
 
@@ -123,7 +124,7 @@ class HoldSparsity:
                 f"cannot hold a sparsity of {self.sparsity:g}: {zeros} weights are to be off, {len(scores)} have a "
                 "score. Raise candidates."
             )
-        shift = scores.topk(zeros + 1, largest=False).values[-2:].sum() / 2
+        shift = (nth_lowest(scores, zeros) + nth_lowest(scores, zeros + 1)) / 2
         for _, _, values in found:
             local(values).sub_(shift.to(values.device))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_mask.binarize import binarize_threshold, threshold_of
+from peft_mask.elements import put, take
 from peft_mask.packing import pack_bits, unpack_bits
 
 
@@ -84,7 +85,8 @@ def _masked(
         return apply_mask(weight, per_weight(mask, weight.shape))
     index = positions.long()
     masked = weight.clone(memory_format=torch.contiguous_format)
-    return masked.put_(index, torch.where(mask, weight.take(index), 0))
+    put(masked, index, torch.where(mask, take(masked, index), 0))
+    return masked
 
 
 def _score_gradient(
@@ -93,7 +95,7 @@ def _score_gradient(
     """`dL/d(W * M) * W`, summed over each block, or of weights at `positions`; `grad` may be overwritten."""
     if positions is not None:
         index = positions.long()
-        grad, weight = grad.take(index), weight.take(index)
+        grad, weight = take(grad, index), take(weight, index)
     elif scores.shape != weight.shape:
         return per_unit(grad.mul_(weight), scores.shape).to(scores.dtype)
     return grad.to(scores.dtype).mul_(weight)

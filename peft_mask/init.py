@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_mask.binarize import lowest
 from peft_mask.budget import budget_zeros
 from peft_mask.candidates import seeded
 from peft_mask.config import MaskConfig
 from peft_mask.functional import per_unit
+from peft_mask.order import lowest
 from peft_mask.units import scores_shape
 
 # Half-width `a` of the paper's uniform distribution (official code: `--init_scale 2e-2`).

@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from peft_mask.elements import put, take
 from peft_mask.sharded import is_flattened, is_taken_away, shape_of
 
 BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
@@ -114,7 +115,7 @@ class StoredWeight:
         return 0
 
     def _take(self, elements: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return elements.take(positions.to(elements.device))
+        return take(elements, positions.to(elements.device))
 
     def _put(self, elements: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-        elements.put_(positions.to(elements.device), new.to(elements.device))
+        put(elements, positions.to(elements.device), new.to(elements.device))

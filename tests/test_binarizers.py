@@ -137,12 +137,13 @@ def test_masks_of_any_rule_vote(name):
 
 
 @given(
-    st.lists(st.integers(-2, 2), min_size=24, max_size=24), st.sampled_from([(1, 2), (2, 4), (3, 4), (1, 6), (5, 12)])
+    st.lists(st.integers(-2, 2), min_size=48, max_size=48),
+    st.sampled_from([(1, 2), (2, 4), (3, 4), (1, 6), (5, 12), (10, 24)]),
 )
 def test_of_each_group_the_highest_are_kept_the_first_of_equals(values, pattern):
     kept, size = pattern
-    mask = binarize_groups(torch.tensor(values, dtype=torch.float32).view(2, 12), kept, size).flatten().tolist()
-    for start in range(0, 24, size):
+    mask = binarize_groups(torch.tensor(values, dtype=torch.float32).view(2, 24), kept, size).flatten().tolist()
+    for start in range(0, 48, size):
         group = values[start : start + size]
         best = sorted(range(size), key=lambda i: (-group[i], i))[:kept]
         assert [i for i in range(size) if mask[start + i]] == sorted(best)
