@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow peft-suite attacks audit lint format bench clean
+.PHONY: help demo test test-slow peft-suite attacks audit lint format bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -65,6 +65,14 @@ format: $(READY) ## mend what ruff can mend
 
 bench: $(READY) ## the benchmarks
 	$(RUN) -m benchmarks
+
+gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmarks/results/gpu
+	$(RUN) -c 'import torch; torch.cuda.is_available() or exit("no CUDA device, or a torch without CUDA: " + torch.__version__)'
+	$(RUN) -m pytest -m gpu
+	$(RUN) -m benchmarks.step --device cuda --dtype bfloat16
+	$(RUN) -m benchmarks.switch --device cuda --model BERT-base
+	$(RUN) -m benchmarks.llama --device cuda --shape 7B
+	$(RUN) -m benchmarks.llama --device cuda --shape 7B --base nf4
 
 clean: ## remove the environment and the tools' caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

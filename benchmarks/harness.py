@@ -42,6 +42,7 @@ def in_turn(
     rounds: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    device: str = "cpu",
 ) -> dict[str, Times]:
     """Run all variants once a round, A B C A B C ..., and time each run.
 
@@ -50,20 +51,34 @@ def in_turn(
         rounds: counted rounds.
         warmup: rounds not counted.
         clock: `time.process_time` for the time that the process had a processor, of all its threads.
+        device: what they run on; a run ends when that is done.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         for name, run in variants.items():
+            wait_for(device)
             start = clock()
             run()
+            wait_for(device)
             elapsed = clock() - start
             if number >= warmup:
                 seconds[name].append(elapsed)
     return {name: Times(tuple(runs)) for name, runs in seconds.items()}
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the largest number of bytes that tensors allocated in `run` held at one time (CPU allocator)."""
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
+    """Return the largest number of bytes that tensors allocated on `device` in `run` held at one time."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,11 +97,13 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Return what a figure depends on besides the code: machine, threads, versions, commit."""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return {
+        **({"gpu": gpu, "cuda": torch.version.cuda} if gpu else {}),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -111,13 +128,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def report(name: str, title: str, body: str, figures: Any, folder: Path = RESULTS) -> None:
-    """Print a result and file it as `<name>.md` and `<name>.json`, with the environment beside it."""
-    where = environment()
+def report(name: str, title: str, body: str, figures: Any, folder: Path | None = None, device: str = "cpu") -> None:
+    """Print a result and file it as `<name>.md` and `<name>.json`, with the environment beside it.
+
+    Those of a GPU go to a folder of their own, if `folder` does not say where.
+    """
+    folder = folder or (RESULTS / "gpu" if torch.device(device).type == "cuda" else RESULTS)
+    where = environment(device)
     versions = ", ".join(f"{package} {number}" for package, number in where["versions"].items())
+    gpu = f"{where['gpu']}, CUDA {where['cuda']}; " if "gpu" in where else ""
     footer = (
-        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads; Python {where['python']}, {versions}; "
-        f"commit {where['commit']}, {where['date']}."
+        f"{gpu}{where['cpu']}, {where['cores']} cores, {where['threads']} threads; "
+        f"Python {where['python']}, {versions}; commit {where['commit']}, {where['date']}."
     )
     text = f"# {title}\n\n{body}\n\n{footer}\n"
     print(text)

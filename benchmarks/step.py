@@ -1,19 +1,27 @@
 """Time and peak memory of a training step: masks, full fine-tuning, LoRA r=8, and masking as the official code does it.
 
 python -m benchmarks.step [--rounds 15]
+python -m benchmarks.step --device cuda --dtype bfloat16   # larger models and batches
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from benchmarks import memory
 from benchmarks.harness import in_turn, peak_bytes, report, table
@@ -43,6 +51,11 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
         (8, 128),
     ),
 }
+# what a CPU is too slow for, and a GPU is needed to be busy with
+GPU_MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "BERT-base, 64 x 128": (MODELS["BERT-base"][0], (64, 128)),
+    "Llama 1B": (memory.LLAMA_1B | {"pad_token_id": 0}, (4, 512)),
+}
 
 
 class OfficialLinear(nn.Module):
@@ -69,7 +82,7 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def base_model(shape: dict[str, Any]) -> nn.Module:
+def base_model(shape: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
     if "num_key_value_heads" in shape:
         return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=6))
@@ -85,21 +98,16 @@ def mask_config(variant: str) -> MaskConfig:
     return MaskConfig(task_type="SEQ_CLS", **MASKS[variant][0])
 
 
-def mask(variant: str) -> Callable[[dict[str, Any]], nn.Module]:
-    return lambda shape: get_peft_model(base_model(shape), mask_config(variant))
+def mask(variant: str) -> Callable[[PreTrainedModel], nn.Module]:
+    return lambda base: get_peft_model(base, mask_config(variant))
 
 
-def full(shape: dict[str, Any]) -> nn.Module:
-    return base_model(shape)
+def lora(base: PreTrainedModel) -> nn.Module:
+    return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear"))
 
 
-def lora(shape: dict[str, Any]) -> nn.Module:
-    config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
-    return get_peft_model(base_model(shape), config)
-
-
-def official(shape: dict[str, Any]) -> nn.Module:
-    model = base_model(shape).requires_grad_(False)
+def official(base: PreTrainedModel) -> nn.Module:
+    model = base.requires_grad_(False)
     for name, module in list(model.base_model.named_modules()):
         if isinstance(module, nn.Linear):
             model.base_model.set_submodule(name, OfficialLinear(module))
@@ -109,9 +117,9 @@ def official(shape: dict[str, Any]) -> nn.Module:
     return model
 
 
-Build = Callable[[dict[str, Any]], nn.Module]
-VARIANTS: dict[str, Build] = {
-    "full fine-tuning": full,
+# name -> how a base model becomes what is trained
+VARIANTS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
+    "full fine-tuning": lambda base: base,
     **{name: mask(name) for name in MASKS},
     "LoRA r=8": lora,
     "official masking": official,
@@ -120,9 +128,9 @@ VARIANTS: dict[str, Build] = {
 
 def make_step(variant: str, model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
     """Return a function that does one optimizer step of a model made for `variant`, on fixed random rows."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20000, batch, generator=generator)
-    labels = torch.randint(6, (batch[0],), generator=generator)
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    ids = torch.randint(1000, 20000, batch, generator=generator).to(device)
+    labels = torch.randint(6, (batch[0],), generator=generator).to(device)
     optimizer = make_optimizer(variant, model.train())
 
     def step() -> None:
@@ -142,23 +150,23 @@ def make_optimizer(variant: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def peak_of_training(variant: str, shape: dict[str, Any], batch: tuple[int, int]) -> int:
+def peak_of_training(variant: str, make: Callable[[], PreTrainedModel], batch: tuple[int, int], device: str) -> int:
     """Peak bytes of tensors from making the model to the end of its second step."""
 
     def run() -> None:
-        step = make_step(variant, VARIANTS[variant](shape), batch)
+        step = make_step(variant, VARIANTS[variant](make()), batch)
         step()
         step()
 
-    return peak_bytes(run)
+    return peak_bytes(run, device)
 
 
-def estimated_bytes(shape: dict[str, Any], batch: tuple[int, int], variant: str) -> int | None:
+def estimated_bytes(shape: dict[str, Any], batch: tuple[int, int], variant: str, dtype: torch.dtype) -> int | None:
     """What `training_memory` says of a mask before there is a model."""
     if variant not in MASKS:
         return None
     with torch.device("meta"):
-        model = base_model(shape).train()
+        model = base_model(shape).to(dtype).train()
         inputs = {"input_ids": torch.zeros(batch, dtype=torch.long), "labels": torch.zeros(batch[0], dtype=torch.long)}
     return training_memory(model, mask_config(variant), inputs, MASKS[variant][1]).total
 
@@ -167,23 +175,34 @@ def _in_mb(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.0f}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    args = parser.parse_args()
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS | GPU_MODELS, metavar="MODEL", help="by default small ones"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args(arguments)
+    dtype = getattr(torch, args.dtype)
     rows, figures = [], {}
-    for name in args.models:
-        shape, batch = MODELS[name]
-        steps = {variant: make_step(variant, build(shape), batch) for variant, build in VARIANTS.items()}
-        times = in_turn(steps, args.rounds, warmup=2)
+    models = args.models or list(MODELS if torch.device(args.device).type == "cpu" else GPU_MODELS)
+    for name in models:
+        shape, batch = (MODELS | GPU_MODELS)[name]
+
+        def make(shape: dict[str, Any] = shape) -> PreTrainedModel:
+            return base_model(shape).to(args.device, dtype)
+
+        steps = {variant: make_step(variant, build(make()), batch) for variant, build in VARIANTS.items()}
+        times = in_turn(steps, args.rounds, warmup=2, device=args.device)
         del steps
         for variant in VARIANTS:
             ratio = times[variant].ratio(times["full fine-tuning"])
-            peak = peak_of_training(variant, shape, batch)
+            peak = peak_of_training(variant, make, batch, args.device)
             figures[f"{name}/{variant}"] = {"seconds": times[variant].seconds, "peak_bytes": peak}
             spread = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
-            estimate = estimated_bytes(shape, batch, variant)
+            estimate = estimated_bytes(shape, batch, variant, dtype)
             figures[f"{name}/{variant}"]["estimated_bytes"] = estimate
             rows.append(
                 (name, variant, f"{times[variant].median * 1e3:.0f}", spread, f"{peak / 1e6:.0f}", _in_mb(estimate))
@@ -196,13 +215,14 @@ def main() -> None:
         "peak memory, MB",
         "`training_memory` says",
     )
+    batches = ", ".join(f"{name} {'{} of {}'.format(*(MODELS | GPU_MODELS)[name][1])}" for name in models)
     body = (
         f"{args.rounds} rounds, variants in turn. A step is forward, backward and the optimizer (AdamW, for "
-        "all but masks fused) on 32 rows of 32 word pieces, of the Llama 8 rows of 128, in float32, dropout as it "
+        f"all but masks fused) on rows of word pieces ({batches}), in {args.dtype}, dropout as it "
         "comes; ratios are round by round. Memory: the most that tensors held at one time "
         "from making the model to the end of the second step.\n\n" + table(header, rows)
     )
-    report("step", "A training step: time and memory", body, figures)
+    report("step", "A training step: time and memory", body, figures, args.results, args.device)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, large, memory, rules, step, switch
+from benchmarks import codec, large, llama, memory, rules, step, switch
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table
 from peft_mask.layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
@@ -68,7 +68,7 @@ def test_the_official_way_computes_what_the_mask_computes():
 
 @pytest.mark.parametrize("variant", step.VARIANTS)
 def test_every_variant_of_the_step_trains_what_it_says(variant):
-    model = step.VARIANTS[variant](TINY)
+    model = step.VARIANTS[variant](step.base_model(TINY))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     take_step = step.make_step(variant, model, (2, 4))
     take_step()
@@ -85,7 +85,7 @@ def test_every_variant_of_the_step_trains_what_it_says(variant):
 
 def test_steps_in_the_backward_pass_need_no_step_of_the_optimizer():
     for variant, moves in (("mask", False), ("mask, scores in bfloat16, steps in the backward pass", True)):
-        model = step.VARIANTS[variant](TINY)
+        model = step.VARIANTS[variant](step.base_model(TINY))
         step.make_optimizer(variant, model)
         scores = next(p for name, p in model.named_parameters() if "peft_mask_scores" in name)
         model(input_ids=torch.arange(8).view(2, 4), labels=torch.tensor([0, 1])).loss.backward()
@@ -106,6 +106,46 @@ def test_the_switch_benchmark_switches_and_restores(tmp_path, monkeypatch):
         next(model.parameters()).add_(1)
     with pytest.raises(AssertionError, match="embeddings"):
         switch.check_exact(model)
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers and bitsandbytes
+def test_a_llama_goes_through_its_life(base, tmp_path, monkeypatch):
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 50}
+    monkeypatch.setitem(llama.SHAPES, "1B", shape | {"num_hidden_layers": 2})
+    llama.main(["--base", base, "--tokens", "8", "--steps", "2", "--results", str(tmp_path)])
+    figures = json.loads((tmp_path / f"llama-1B-{base}.json").read_text())["figures"]
+    assert figures["masked_weights"] == 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert figures["adapter_bytes"] < figures["masked_weights"] / 8
+    assert list(figures["stages"]) == ["wrap", "train", "save", "load", "compute masked", "merge", "unmerge"]
+    assert all(stage["peak_bytes"] > figures["base_bytes"] for stage in figures["stages"].values())
+
+
+def test_a_base_that_did_not_come_back_is_seen(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 50}
+    life = llama.Life(llama.base_model(shape | {"num_hidden_layers": 1}, False, "cpu"), 8, 1, tmp_path)
+    stages = life.stages()
+    for stage in ("wrap", "train", "save", "load", "compute masked", "merge"):
+        stages[stage]()
+    with torch.no_grad():
+        life.layers[0].base_layer.weight[0, 0].add_(1)
+    with pytest.raises(AssertionError):
+        stages["unmerge"]()
+
+
+@pytest.mark.parametrize("benchmark", [step, switch])
+def test_step_and_switch_report_ratios_of_what_they_ran(benchmark, tmp_path, monkeypatch):
+    for name in ("MiniLM-L6", "BERT-base", "small Llama"):
+        monkeypatch.delitem(step.MODELS, name)
+    monkeypatch.setitem(step.MODELS, "MiniLM-L6", (TINY, (2, 4)))
+    benchmark.main(["--rounds", "2", "--results", str(tmp_path)])
+    (file,) = tmp_path.glob("*.json")
+    figures = json.loads(file.read_text())["figures"]
+    expected = [f"MiniLM-L6/{variant}" for variant in step.VARIANTS] if benchmark is step else 6
+    assert (list(figures) if benchmark is step else len(figures)) == expected
+    assert all(len(figure["seconds"]) == 2 for figure in figures.values())
 
 
 @pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
