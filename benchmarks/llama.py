@@ -28,14 +28,20 @@ SHAPES: dict[str, dict[str, Any]] = {"1B": LLAMA_1B, "7B": {}}
 
 
 def base_model(shape: dict[str, Any], quantized: bool, device: str) -> PreTrainedModel:
-    """Make a model in bfloat16, all its linear layers but the output head in 4 bits if it is to be quantized."""
+    """Make a model in bfloat16; if it is to be quantized, all linear layers of its blocks in 4 bits, one at a time."""
     torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **shape)
+    blocks, config.num_hidden_layers = config.num_hidden_layers, 1
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16)
-    if quantized:
-        for name, module in list(model.model.named_modules()):
-            if isinstance(module, nn.Linear):
-                model.model.set_submodule(name, quantize(module))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        layers = model.model.layers
+        for number in range(blocks):
+            if number > 0:
+                layers.append(type(layers[0])(config, number).to(torch.bfloat16))
+            for name, module in list(layers[number].named_modules()):
+                if quantized and isinstance(module, nn.Linear):
+                    layers[number].set_submodule(name, quantize(module))
+    config.num_hidden_layers = blocks
     return cast(PreTrainedModel, model)
 
 
