@@ -1,5 +1,6 @@
 """Several processes train the mask that one would."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -231,6 +232,43 @@ def assert_same_masks(adapter, expected):
     assert all(torch.equal(adapter[key], expected[key]) for key in masks)
     for key in expected.keys() - set(masks):  # of a trained head the order of a sum does change the last bit
         torch.testing.assert_close(adapter[key], expected[key], rtol=1e-10, atol=1e-12)
+
+
+def replicas(model, count, monkeypatch):
+    """The copies of a model that DataParallel makes, a GPU each, here on the CPU; gradients reach the original."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor.view_as(tensor) for tensor in tensors] for _ in devices],
+    )
+    return replicate.replicate(model, list(range(count)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_biases": True}, {"binarizer": "threshold", "candidates": None}], ids=str)
+def test_data_parallel_trains_and_computes_with_the_masks_of_the_model(fields, tmp_path, monkeypatch):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 8))
+
+    x = torch.randn(6, 12)
+    model = get_peft_model(base(), MaskConfig(target_modules=["0", "2"], init_weights=False, seed=0, **fields))
+    y = model(x)
+    y.square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    parts = [replica(rows) for replica, rows in zip(replicas(model, 2, monkeypatch), x.chunk(2), strict=True)]
+    torch.testing.assert_close(torch.cat(parts), y)
+    torch.cat(parts).square().mean().backward()
+    for name, gradient in expected.items():
+        assert gradient.any()
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    for replica in replicas(loaded, 2, monkeypatch):
+        torch.testing.assert_close(replica(x), y)
 
 
 @pytest.fixture(scope="module")
