@@ -163,11 +163,11 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
     for place, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, place)
         axes.set(title=title, xscale="log", xlabel="adapter bytes, head left out", ylabel="test accuracy, %")
-        axes.margins(y=0.1)  # room for the names
         for i, family in enumerate(families):
             own = sorted((size, 100 * test, 100 * sd) for method, size, test, sd in points if _family(method) == family)
             if own and own[0][0] > 0:
                 size, test, sd = zip(*own, strict=True)
+                axes.set_ymargin(0.1)  # room for the names
                 axes.errorbar(size, test, sd, fmt="o-", lw=1, ms=5, capsize=3, color=f"C{i}", label=family)
             elif own:
                 axes.axhline(own[0][1], linestyle="--", color=f"C{i}", label=f"{family} (no adapter)")
