@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peft_mask.elements import take
+
 SAMPLES = 16
 EXACT, QUANTIZED = 7, 1  # precisions: bfloat16 rounding errs by 2^-9 at most, 4-bit formats by about 2^-3
 _FLOAT16_MAX = 65504.0
@@ -88,7 +90,8 @@ def fingerprint_of(weight: Tensor, *, exact: bool | None = None) -> Fingerprint:
         exact = weight.is_floating_point() and weight.dtype.itemsize > 1
     values = torch.zeros(SAMPLES)
     if weight.numel():
-        values = _take(weight.detach(), sample_positions(weight.numel())).to("cpu", torch.float64)
+        positions = torch.tensor(sample_positions(weight.numel()), device=weight.device)
+        values = take(weight.detach(), positions).to("cpu", torch.float64)
     values = values.nan_to_num(0.0).clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
     return Fingerprint(values.numpy().astype("<f2").tobytes(), EXACT if exact else QUANTIZED)
 
@@ -110,10 +113,3 @@ def _splitmix64(i: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
     return z ^ z >> 31
-
-
-def _take(weight: Tensor, positions: list[int]) -> Tensor:
-    index = torch.tensor(positions, device=weight.device)
-    if weight.dtype.itemsize == 1:  # float8 cannot be indexed, its bytes can
-        return weight.view(torch.uint8).take(index).view(weight.dtype)
-    return weight.take(index)

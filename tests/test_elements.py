@@ -33,6 +33,19 @@ def test_positions_are_row_major_in_any_layout(layout, dtype):
     assert tensor.data_ptr() == address
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_every_bit_of_an_element_is_read_and_written(layout, dtype):
+    size = getattr(torch, dtype).itemsize
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
+    patterns = torch.randint(-(2 ** (8 * size - 1)), 2 ** (8 * size - 1), (24,)).to(integers)
+    patterns[:3] = torch.tensor([-1, -2, 2 ** (8 * size - 1) - 1]).to(integers)  # NaN, of which there are many
+    tensor = LAYOUTS[layout](torch.zeros(4, 6, dtype=integers)).view(getattr(torch, dtype))
+    positions = torch.arange(12)
+    put(tensor, positions, patterns[:12].view(tensor.dtype))
+    assert torch.equal(take(tensor, positions).view(integers), patterns[:12])
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """What transformers' `full_determinism` switches on: operations without a fixed order of their writes raise."""
