@@ -42,7 +42,7 @@ def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
         numbers = values.detach().to(torch.promote_types(values.dtype, torch.float32)).numpy()
         found = torch.from_numpy(np.partition(numbers, n - 1)[n - 1 : n]).to(values.dtype).amax()
     else:
-        found = values.where(~values.isnan(), torch.inf).topk(n, largest=False, sorted=False).values.amax()
+        found = values.topk(n, largest=False, sorted=False).values.amax()
     return found.where(~found.isnan(), torch.inf)
 
 
