@@ -39,8 +39,10 @@ def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
         n: from 1 to their number.
     """
     if _in_numpy(values):
-        numbers = values.detach().to(torch.promote_types(values.dtype, torch.float32)).numpy()
-        found = torch.from_numpy(np.partition(numbers, n - 1)[n - 1 : n]).to(values.dtype).amax()
+        # a copy also because FSDP2 frees the scores' storage, which could not be resized once numpy had seen it
+        numbers = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True).numpy()
+        numbers.partition(n - 1)
+        found = torch.from_numpy(numbers[n - 1 : n]).to(values.dtype).amax()
     else:
         found = values.topk(n, largest=False, sorted=False).values.amax()
     return found.where(~found.isnan(), torch.inf)
