@@ -67,7 +67,7 @@ bench: $(READY) ## the benchmarks
 	$(RUN) -m benchmarks
 
 gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmarks/results/gpu
-	$(RUN) -c 'import torch; torch.cuda.is_available() or exit("no CUDA device, or a torch without CUDA: " + torch.__version__)'
+	$(RUN) -c 'import torch; torch.cuda.is_available() or exit("no CUDA device, or a torch without CUDA (CONTRIBUTING.md says where builds come from): " + torch.__version__)'
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m benchmarks.step --device cuda --dtype bfloat16
 	$(RUN) -m benchmarks.switch --device cuda --model BERT-base

@@ -56,6 +56,7 @@ GPU_MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "BERT-base, 64 x 128": (MODELS["BERT-base"][0], (64, 128)),
     "Llama 1B": (memory.LLAMA_1B | {"pad_token_id": 0}, (4, 512)),
 }
+ALL_MODELS = MODELS | GPU_MODELS
 
 
 class OfficialLinear(nn.Module):
@@ -178,18 +179,16 @@ def _in_mb(size: int | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS | GPU_MODELS, metavar="MODEL", help="by default small ones"
-    )
+    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, metavar="MODEL", help=f"of {', '.join(ALL_MODELS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args(arguments)
     dtype = getattr(torch, args.dtype)
-    rows, figures = [], {}
-    models = args.models or list(MODELS if torch.device(args.device).type == "cpu" else GPU_MODELS)
-    for name in models:
-        shape, batch = (MODELS | GPU_MODELS)[name]
+    rows, figures, batches = [], {}, []
+    for name in args.models or (MODELS if torch.device(args.device).type == "cpu" else GPU_MODELS):
+        shape, batch = ALL_MODELS[name]
+        batches.append(f"{name} {batch[0]} of {batch[1]}")
 
         def make(shape: dict[str, Any] = shape) -> PreTrainedModel:
             return base_model(shape).to(args.device, dtype)
@@ -215,10 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peak memory, MB",
         "`training_memory` says",
     )
-    batches = ", ".join(f"{name} {'{} of {}'.format(*(MODELS | GPU_MODELS)[name][1])}" for name in models)
     body = (
         f"{args.rounds} rounds, variants in turn. A step is forward, backward and the optimizer (AdamW, for "
-        f"all but masks fused) on rows of word pieces ({batches}), in {args.dtype}, dropout as it "
+        f"all but masks fused) on rows of word pieces ({', '.join(batches)}), in {args.dtype}, dropout as it "
         "comes; ratios are round by round. Memory: the most that tensors held at one time "
         "from making the model to the end of the second step.\n\n" + table(header, rows)
     )

@@ -1,7 +1,5 @@
 """Elements at positions; what is written with them, in training and by merging, has to be the same in any order."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -44,14 +42,6 @@ def test_every_bit_of_an_element_is_read_and_written(layout, dtype):
     positions = torch.arange(12)
     put(tensor, positions, patterns[:12].view(tensor.dtype))
     assert torch.equal(take(tensor, positions).view(integers), patterns[:12])
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """What transformers' `full_determinism` switches on: operations without a fixed order of their writes raise."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("deterministic")

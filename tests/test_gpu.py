@@ -16,17 +16,6 @@ from tests.tiny_models import tiny_inputs, tiny_model
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# without the workspace cuBLAS has no deterministic products
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    for name, value in DETERMINISTIC.items():
-        monkeypatch.setenv(name, value)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def train(model, steps=6):
