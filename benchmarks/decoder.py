@@ -5,7 +5,7 @@
 
 FOLDER holds `train.jsonl`, `dev.jsonl` and `test.jsonl` with texts. Every method sees the same blocks in the same
 order. Dev chooses the rate at which test is scored. One JSON file a run, in `results/decoder`: what has a file is not
-run again. An hour on a laptop.
+run again. An hour on a laptop whose processor multiplies in bfloat16; for others there is `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Setting:
     blocks: dict[str, torch.Tensor]  # split -> (blocks, BLOCK_SIZE)
     steps: int
     batch_size: int
+    dtype: str = "bfloat16"  # of products
 
     def base(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
@@ -100,22 +101,17 @@ class Setting:
         order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])[:wanted]
         return list(train[order].split(self.batch_size))
 
+    def loss(self, model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return model(input_ids=blocks, labels=blocks).loss
 
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-def loss_of(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
-    with autocast():
-        return model(input_ids=blocks, labels=blocks).loss
-
-
-def score(model: nn.Module, blocks: torch.Tensor) -> float:
-    """Return the mean negative log-likelihood of a token, in nats."""
-    model.eval()
-    with torch.inference_mode():
-        total = sum(loss_of(model, batch).item() * len(batch) for batch in blocks.split(4))
-    return total / len(blocks)
+    def score(self, model: nn.Module, split: str) -> float:
+        """Return the mean negative log-likelihood of a token of `split`, in nats."""
+        blocks = self.blocks[split]
+        model.eval()
+        with torch.inference_mode():
+            total = sum(self.loss(model, batch).item() * len(batch) for batch in blocks.split(4))
+        return total / len(blocks)
 
 
 def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
@@ -128,7 +124,7 @@ def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dic
     model.train()
     for number, batch in enumerate(setting.batches(), start=1):
         method.before_step(model, number / setting.steps)
-        loss = loss_of(model, batch)
+        loss = setting.loss(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -154,36 +150,44 @@ def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> 
         best: lowest loss on dev of the rates before.
     """
     slug = re.sub("[^a-z0-9.]+", "-", name.lower())
-    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}.json"
+    told = "" if setting.dtype == "bfloat16" else f"-{setting.dtype}"
+    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}{told}.json"
     if file.exists():
         return json.loads(file.read_text("utf-8"))
     print(f"{name}, rate {rate:g}", flush=True)
     model, figures = train(METHODS[name], rate, setting) if name in METHODS else (setting.base(), {})
-    result = {"method": name, "rate": rate, "dev": score(model, setting.blocks["dev"]), **figures}
+    result = {"method": name, "rate": rate, "dev": setting.score(model, "dev"), **figures}
     if result["dev"] < best:
-        result["test"] = score(model, setting.blocks["test"])
+        result["test"] = setting.score(model, "test")
     print(f"  { ({key: value for key, value in result.items() if key != 'losses'}) }", flush=True)
     file.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n", "utf-8")
     return result
 
 
-def best_of(name: str, setting: Setting, folder: Path) -> tuple[dict[str, Any], list[float]]:
-    """Return the result at the rate with the lowest loss on dev, and the losses on dev of all rates."""
+def best_of(
+    name: str, rates: Sequence[float], setting: Setting, folder: Path
+) -> tuple[dict[str, Any], dict[float, float]]:
+    """Return the result at the rate with the lowest loss on dev, and the loss on dev at each rate."""
     tries: list[dict[str, Any]] = []
-    for rate in METHODS[name].rates if name in METHODS else (0.0,):
+    for rate in rates:
         tries.append(run(name, rate, setting, folder, min((tried["dev"] for tried in tries), default=math.inf)))
-    return min(tries, key=lambda tried: tried["dev"]), [tried["dev"] for tried in tries]
+    return min(tries, key=lambda tried: tried["dev"]), {tried["rate"]: tried["dev"] for tried in tries}
 
 
-def row(result: dict[str, Any], dev: Sequence[float]) -> tuple[str, ...]:
-    rates = METHODS[result["method"]].rates if len(dev) > 1 else ()
+def rates_of(name: str, only: Sequence[float]) -> Sequence[float]:
+    """Return those of a method's rates that are in `only`, all of them if none is; the base model has none to tell."""
+    rates = METHODS[name].rates if name in METHODS else (0.0,)
+    return [rate for rate in rates if rate in only] or rates
+
+
+def row(result: dict[str, Any], dev: Mapping[float, float]) -> tuple[str, ...]:
     return (
         result["method"],
         f"{math.exp(result['dev']):.2f}",
         f"{math.exp(result['test']):.2f}",
         f"{result['bytes']:,}" if "bytes" in result else "0",
         f"{result['bits_per_weight']:.3f}" if "bits_per_weight" in result else "",
-        ", ".join(f"{rate:g}: {math.exp(loss):.2f}" for rate, loss in zip(rates, dev, strict=False)),
+        ", ".join(f"{rate:g}: {math.exp(loss):.2f}" for rate, loss in dev.items()) if result["rate"] else "",
     )
 
 
@@ -195,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=2, help=f"blocks of {BLOCK_SIZE} tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="of a method's rates try only these")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
 
@@ -205,19 +211,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = [json.loads(line)[options.field] for line in lines if line]
         random.Random(SEED).shuffle(texts)  # some come sorted by label, and then each text helps to predict the next
         blocks[split] = pack(texts, tokenizer, BLOCK_SIZE)[: SPLITS.get(split)]
-    setting = Setting(options.model, blocks, options.steps, options.batch_size)
+    setting = Setting(options.model, blocks, options.steps, options.batch_size, options.dtype)
     folder = options.results / "decoder" / options.data.name
     folder.mkdir(parents=True, exist_ok=True)
-    results = [best_of(name, setting, folder) for name in ("base model", *options.methods)]
+    names = ("base model", *options.methods)
+    results = [best_of(name, rates_of(name, options.rates), setting, folder) for name in names]
     body = (
         f"{options.data.name}, {setting.steps} steps of {setting.batch_size} blocks of {BLOCK_SIZE} tokens, one seed; "
         "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear "
-        "decay, gradient norm 1, no weight decay, products in bfloat16.\n\n"
+        f"decay, gradient norm 1, no weight decay, products in {setting.dtype}.\n\n"
         + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
     )
-    report(
-        "decoder", "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results
-    )
+    name = "decoder" if setting.dtype == "bfloat16" else f"decoder-{setting.dtype}"
+    report(name, "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results)
 
 
 if __name__ == "__main__":

@@ -179,3 +179,14 @@ def test_the_decoder_benchmark_scores_test_at_the_rate_dev_chooses_and_runs_once
 
     monkeypatch.setattr(decoder, "train", None)  # a second call trains nothing
     decoder.main(arguments)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(decoder, "BLOCK_SIZE", 16)
+    decoder.main([*arguments, "--dtype", "float32", "--methods", "mask", "LoRA r=8", "--rates", "3e-3"])
+    exact = {
+        row["method"]: row for row in json.loads((tmp_path / "results/decoder-float32.json").read_text())["figures"]
+    }
+    assert {name: result["rate"] for name, result in exact.items()} == {"base model": 0, "mask": 5e-4, "LoRA r=8": 3e-3}
+    rough = results["base model"]["dev"]
+    assert exact["base model"]["dev"] != rough
+    assert exact["base model"]["dev"] == pytest.approx(rough, rel=1e-2)
