@@ -102,7 +102,7 @@ METHODS: dict[str, Method | Probe] = {
             f"ShiraConfig(r=1), the smallest it offers: query and value, random positions, saved as int32; {HEAD_NOTE}",
             shira,
             adamw,
-            (1e-2, 3e-2, 1e-1),
+            (1e-2, 3e-2, 1e-1, 3e-1),
         ),
         Probe(),
     )

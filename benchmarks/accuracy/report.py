@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,8 +175,9 @@ def draw(rows: Sequence[Row], means: Sequence[Mapping[str, Any]], path: Path) ->
         axes.grid(alpha=0.3)
     if sizes := [m["bytes"] for m in means if m["bytes"] > 0]:
         figure.axes[0].set_xlim(min(sizes) / 20, max(sizes) * 3)
+    in_family = Counter(_family(m["method"]) for m in means)
     for method, size, test, _ in panels["mean over tasks"]:
-        if size > 0:
+        if size > 0 and in_family[_family(method)] > 1:  # the others are named by their color
             point = (size, 100 * test)
             left = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right", "fontsize": 7}
             figure.axes[0].annotate(method, point, **left)
