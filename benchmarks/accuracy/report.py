@@ -41,6 +41,13 @@ class Row:
     entropy_bytes: float | None
     train_seconds: float
 
+    @property
+    def bfloat16_bytes(self) -> float | None:
+        """`bytes` if the adapter's numbers, all float32 here, were saved in bfloat16; a mask and a probe have none."""
+        if self.bits_per_weight is not None or not self.bytes:
+            return None
+        return self.bytes - 2 * (self.trained_parameters - self.head_bytes / 4)
+
 
 def read_results(results: Path) -> list[Result]:
     """All results below the folder `results`."""
@@ -113,6 +120,7 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "sd": stdev(by_seed) if len(by_seed) > 1 else None,
                 "dev": fmean(fmean(row.dev) for row in own),
                 "bytes": fmean(row.bytes for row in own),
+                "bfloat16_bytes": _mean(row.bfloat16_bytes for row in own),
                 "bits_per_weight": _mean(row.bits_per_weight for row in own),
                 "sparsity": _mean(row.sparsity for row in own),
             }
@@ -234,9 +242,9 @@ def _line(row: Row) -> str:
 
 def _means_table(means: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        "| method | tasks | test, % | over full | over LoRA r=8 | over LoRA r=1 | adapter bytes "
+        "| method | tasks | test, % | over full | over LoRA r=8 | over LoRA r=1 | adapter bytes | in bfloat16 "
         "| times smaller than LoRA r=8 | zeros | bits a weight |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mean in means:
         spread = "" if mean["sd"] is None else f" ± {100 * mean['sd']:.2f}"
@@ -250,6 +258,7 @@ def _means_table(means: Sequence[Mapping[str, Any]]) -> str:
             f"{100 * mean['test']:.2f}{spread}",
             *points,
             f"{mean['bytes']:,.0f}",
+            _optional(mean["bfloat16_bytes"], lambda x: f"{x:,.0f}"),
             _optional(mean.get("bytes_ratio"), lambda x: f"{x:.2f}"),
             _optional(mean["sparsity"], lambda x: f"{100 * x:.2f} %"),
             _optional(mean["bits_per_weight"], lambda x: f"{x:.4f}"),
