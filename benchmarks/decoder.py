@@ -91,6 +91,11 @@ class Setting:
     batch_size: int
     dtype: str = "bfloat16"  # of products
 
+    @property
+    def suffix(self) -> str:
+        """What file names say of the dtype."""
+        return "" if self.dtype == "bfloat16" else f"-{self.dtype}"
+
     def base(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
 
@@ -150,8 +155,7 @@ def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> 
         best: lowest loss on dev of the rates before.
     """
     slug = re.sub("[^a-z0-9.]+", "-", name.lower())
-    told = "" if setting.dtype == "bfloat16" else f"-{setting.dtype}"
-    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}{told}.json"
+    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}{setting.suffix}.json"
     if file.exists():
         return json.loads(file.read_text("utf-8"))
     print(f"{name}, rate {rate:g}", flush=True)
@@ -199,10 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=2, help=f"blocks of {BLOCK_SIZE} tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rates", type=float, nargs="+", default=[], help="of a method's rates try only these")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[], help="of a method's rates only these, where it has any"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
+    known = sorted({rate for name in options.methods for rate in METHODS[name].rates})
+    if unknown := set(options.rates).difference(known):
+        told = ", ".join(f"{rate:g}" for rate in sorted(unknown))
+        parser.error(f"--rates: no method tries {told}; choose from {', '.join(f'{rate:g}' for rate in known)}")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     blocks = {}
@@ -222,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"decay, gradient norm 1, no weight decay, products in {setting.dtype}.\n\n"
         + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
     )
-    name = "decoder" if setting.dtype == "bfloat16" else f"decoder-{setting.dtype}"
-    report(name, "A decoder: perplexity of held-out text", body, [result for result, _ in results], options.results)
+    title = "A decoder: perplexity of held-out text"
+    report(f"decoder{setting.suffix}", title, body, [result for result, _ in results], options.results)
 
 
 if __name__ == "__main__":

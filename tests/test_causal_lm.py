@@ -187,6 +187,18 @@ def test_the_decoder_benchmark_scores_test_at_the_rate_dev_chooses_and_runs_once
         row["method"]: row for row in json.loads((tmp_path / "results/decoder-float32.json").read_text())["figures"]
     }
     assert {name: result["rate"] for name, result in exact.items()} == {"base model": 0, "mask": 5e-4, "LoRA r=8": 3e-3}
+    files = sorted(file.name for file in (tmp_path / "results/decoder/pets").glob("*-float32.json"))
+    assert files == [
+        f"{name}-3x2-float32.json" for name in ("base-model-0", "lora-r-8-0.003", "mask-0.0005")
+    ]  # and no other rate
     rough = results["base model"]["dev"]
     assert exact["base model"]["dev"] != rough
     assert exact["base model"]["dev"] == pytest.approx(rough, rel=1e-2)
+
+
+def test_the_decoder_benchmark_refuses_rates_that_no_method_tries(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        decoder.main(
+            ["--model", "m", "--data", str(tmp_path), "--methods", "mask", "LoRA r=8", "--rates", "3e-3", "3e-4"]
+        )
+    assert "--rates: no method tries 0.0003; choose from 0.0005, 0.001, 0.003, 0.01" in capsys.readouterr().err
