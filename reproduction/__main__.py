@@ -23,9 +23,11 @@ from reproduction import (
     curve,
     dissimilarity,
     ensembles,
+    generalization,
     layers,
     line,
     movement,
+    reinitialized,
     representations,
     sparsity,
     storage,
@@ -43,6 +45,8 @@ STUDIES: dict[str, ModuleType] = {
     "controls": controls,
     "ensembles": ensembles,
     "curve": curve,
+    "generalization": generalization,
+    "reinitialized": reinitialized,
     "movement": movement,
     "sparsity": sparsity,
     "layers": layers,
@@ -66,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         nargs="+",
         default=list(Scale.seeds),
-        help="masks in an ensemble, and runs of a variant in a sweep",
+        help="of each figure, and of the members of an ensemble",
     )
-    parser.add_argument("--finetuned-seeds", type=int, nargs="+", default=list(Scale.finetuned_seeds))
+    parser.add_argument("--cycles", type=int, default=Scale.cycles, help="of the rate, for snapshots")
     parser.add_argument("--every", type=int, default=Scale.every, help="steps between snapshots")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(Scale.tasks), metavar="TASK", help="of a sweep"
@@ -95,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points=options.points,
         curve_steps=options.curve_steps,
         seeds=tuple(options.seeds),
-        finetuned_seeds=tuple(options.finetuned_seeds),
+        cycles=options.cycles,
         every=options.every,
         tasks=tuple(options.tasks),
         rates=tuple(options.rates),

@@ -18,7 +18,7 @@ BENDS, LR = 3, 1e-4
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    plain, weights = ends(models)
+    plain, weights = ends(models, 0)
     train_rows, dev = models.setting.rows(TASKS["sst2"], "train"), models.batches("sst2", "dev", scale.rows)
     indices = training_batches(train_rows, 0, scale.curve_steps, models.setting.batch_size)
     curve = Curve(weights["fine-tuned"], weights["masked"], BENDS)

@@ -12,10 +12,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.accuracy.methods import HEAD_NOTE, METHODS, mask_adamw
-from benchmarks.accuracy.runs import Progress, Run, finished
-from benchmarks.accuracy.tasks import TASKS, Split
+from benchmarks.accuracy.runs import SEARCH_SEED, Progress, Run, finished
+from benchmarks.accuracy.tasks import TASKS as BENCHMARKED
+from benchmarks.accuracy.tasks import Split, Task
 from benchmarks.accuracy.training import Method, Setting, restored, untrained
 from peft_mask import MaskConfig
+
+# Sentiment as in SST-2, of other texts (`reproduction.sentiment` prepares them), beside the tasks of the benchmark.
+TASKS = BENCHMARKED | {name: Task(name, "SEQ_CLS", steps=150) for name in ("custrev", "tweets")}
 
 
 def paper(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
@@ -67,11 +71,17 @@ class Models:
         run = self.run(task, way, seed, lr)
         return finished(run, self.setting, self.progress)
 
-    def trained(self, task: str, way: str, seed: int) -> nn.Module:
-        run = self.run(task, way, seed)
+    def chosen_rate(self, task: str, way: str) -> float:
+        """The rate that development data choose among those of the method, one training each."""
+        rates = sorted(WAYS[way][0].lrs)
+        dev = [self.train(task, way, SEARCH_SEED, lr)["dev"] for lr in rates] if len(rates) > 1 else [0.0]
+        return rates[dev.index(max(dev))]
+
+    def trained(self, task: str, way: str, seed: int, lr: float | None = None) -> nn.Module:
+        run = self.run(task, way, seed, lr)
         if not run.state.exists():
             run.file.unlink(missing_ok=True)
-            self.train(task, way, seed)
+            self.train(task, way, seed, lr)
         return restored(run.task, WAYS[way][0], seed, self.setting, run.state)
 
     def untrained(self, task: str, way: str, seed: int) -> nn.Module:

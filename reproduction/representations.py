@@ -7,43 +7,51 @@ from typing import Any
 
 import torch
 
-from peft_mask.analysis import labels_of, pooled_states, principal_components, separability, tsne
+from peft_mask.analysis import labels_of, pooled_states, separability, tsne
 from peft_mask.analysis.plots import plot_points
+from peft_mask.analysis.representations import Pooling
 from reproduction.models import Models
 from reproduction.scale import Scale
+from reproduction.seeds import over_seeds
 
 TITLE = "Representations: SST-2, last block"
 NOTE = (
     "Held-out accuracy of a logistic regression on the states of the last block, fitted to as many training examples; "
-    "the mean over tokens is what the head reads in training. Picture: t-SNE of the means, development examples."
+    "the mean over tokens is what the head reads in training. Picture: t-SNE of the means, development examples, first "
+    "seed."
 )
+
+
+NAMES = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setting"}
+COLUMNS: dict[Pooling, str] = {"mean": "separability, mean of tokens", "first": "separability, [CLS]"}
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     train, dev = (models.batches("sst2", split, scale.rows) for split in ("train", "dev"))
-    names = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setting"}
     rows, points = [], {}
     for way in ("pretrained", "full", *scale.recipes):
-        name = names.get(way, way)
-        model = models.untrained("sst2", "full", 0) if way == "pretrained" else models.trained("sst2", way, 0)
-        row: dict[str, Any] = {"model": name}
-        for pooling in ("mean", "first"):
+        name = NAMES.get(way, way)
+        found: dict[Pooling, list[float]] = {pooling: [] for pooling in COLUMNS}
+        for seed in scale.seeds if way != "pretrained" else (0,):
+            model = models.trained("sst2", way, seed) if way != "pretrained" else models.untrained("sst2", "full", 0)
             layer = f"bert.encoder.layer.{model.config.num_hidden_layers - 1}"
-            fitted = pooled_states(model, layer, train, pooling)  # type: ignore[arg-type]
-            held = pooled_states(model, layer, dev, pooling)  # type: ignore[arg-type]
-            figure = {"mean": "separability, mean of tokens", "first": "separability, [CLS]"}[pooling]
-            row[figure] = round(separability(fitted, labels_of(train), held, labels_of(dev)), 4)
-            if pooling == "mean":
-                row["variance in two principal components"] = round(float(principal_components(held)[1].sum()), 3)
-                placed = tsne(held, perplexity=min(30.0, len(held) / 4))
-                points[name] = [[round(value, 3) for value in point] for point in placed.tolist()]
+            for pooling in COLUMNS:
+                fitted, held = (pooled_states(model, layer, batches, pooling) for batches in (train, dev))
+                found[pooling].append(separability(fitted, labels_of(train), held, labels_of(dev)))
+                if pooling == "mean" and name not in points:
+                    placed = tsne(held, perplexity=min(30.0, len(held) / 4))
+                    points[name] = [[round(value, 3) for value in point] for point in placed.tolist()]
+        row: dict[str, Any] = {"model": name, "seeds": len(found["mean"])}
+        for pooling, column in COLUMNS.items():
+            figure = over_seeds(column, found[pooling])
+            row |= {column: figure[column], f"{column}: deviation": figure["deviation"]}
         rows.append(row)
     return {"rows": rows, "examples": len(labels_of(dev)), "points": points, "labels": labels_of(dev).tolist()}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     labels = torch.tensor(result["labels"])
-    shown = {row["model"]: row["separability, mean of tokens"] for row in result["rows"]}
+    shown = {row["model"]: row[COLUMNS["mean"]] for row in result["rows"]}
     panels = {
         f"{name}\nseparability {shown[name]:.3f}": (torch.tensor(points), labels)
         for name, points in result["points"].items()

@@ -14,8 +14,8 @@ class Scale:
         rows: how many examples of a split are looked at, the first of them.
         points: of a line or curve.
         curve_steps: batches that a curve is trained with.
-        seeds: of the masks in an ensemble, and of each variant in a sweep.
-        finetuned_seeds: of the models beside it.
+        seeds: of each figure, and of the members of an ensemble.
+        cycles: of the learning rate, each as long as a training, for an ensemble of snapshots.
         every: steps between two snapshots of masks.
         tasks: of a sweep.
         rates: learning rates of the scores, among which development data choose in a sweep.
@@ -27,8 +27,8 @@ class Scale:
     rows: int = 872
     points: int = 11
     curve_steps: int = 60
-    seeds: tuple[int, ...] = (0, 1, 2)
-    finetuned_seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    cycles: int = 4
     every: int = 15
     tasks: tuple[str, ...] = ("ud_ewt_pos",)
     rates: tuple[float, ...] = (1e-3, 3e-3)

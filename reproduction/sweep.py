@@ -1,10 +1,9 @@
-"""Variants of the paper's setting side by side, each at the learning rate that dev chooses from the same tries."""
+"""Variants of a method side by side, each at the learning rate that dev chooses from the same tries."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks.accuracy.methods import HEAD_NOTE, mask_adamw
@@ -13,18 +12,19 @@ from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.accuracy.training import Method
 from reproduction.models import Models, paper
 from reproduction.scale import Scale
+from reproduction.seeds import over_seeds
 
 NOTE = (
-    "The paper's setting with a trained head. Dev chooses among the same rates for each variant, one run each; test is "
-    "scored once a seed. Flipped: weights whose mask is another than at the start."
+    "Dev chooses among the same rates for each variant, one run each; test is scored once a seed. Flipped: weights "
+    "whose mask is another than at the start."
 )
 
 
-def variant(name: str, **fields: Any) -> Method:
+def variant(name: str, scale: Scale, **fields: Any) -> Method:
     """The paper's setting with other `fields` of `MaskConfig`, as a method whose rate is to be chosen."""
     told = "".join(f", {field}={value}" for field, value in fields.items())
     note = f"MaskConfig.paper(head='trained'{told}), AdamW; {HEAD_NOTE}"
-    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, Scale.rates)
+    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, scale.rates)
 
 
 def sweep(models: Models, variants: Mapping[str, Method], scale: Scale) -> list[dict[str, Any]]:
@@ -34,8 +34,7 @@ def sweep(models: Models, variants: Mapping[str, Method], scale: Scale) -> list[
     variants comes before the second of any.
     """
     tasks = [TASKS[name] for name in scale.tasks]
-    methods = {name: replace(method, lrs=scale.rates) for name, method in variants.items()}
-    pairs = [(task, name, method, models.steps or task.steps) for task in tasks for name, method in methods.items()]
+    pairs = [(task, name, method, models.steps or task.steps) for task in tasks for name, method in variants.items()]
     progress = Progress()
     progress.left = sum(
         unfinished_steps(task, method, scale.seeds, models.folder, steps) for task, _, method, steps in pairs
@@ -56,12 +55,16 @@ def _row(
     return {
         "task": task.name,
         "variant": name,
-        "test": round(mean(test), 4),
-        "deviation": round(stdev(test), 4) if len(test) > 1 else None,
+        **over_seeds("test", test),
         "seeds": len(test),
         "dev": round(mean(run["dev"] for run in runs), 4),
         "lr": f"{runs[0]['lr']:g}",
         "dev at each rate": ", ".join(f"{lr:g}: {result['dev']:.4f}" for lr, result in tries.items() if result),
-        "zeros at the end": f"{mean(run['sparsity'] for run in runs):.2%}",
-        "flipped": f"{mean(run['flip_ratio'] for run in runs):.2%}",
+        "zeros at the end": _share("sparsity", runs),
+        "flipped": _share("flip_ratio", runs),
     }
+
+
+def _share(figure: str, runs: list[dict[str, Any]]) -> str | None:
+    """None of models that have no masks."""
+    return f"{mean(run[figure] for run in runs):.2%}" if figure in runs[0] else None

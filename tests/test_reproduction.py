@@ -1,6 +1,7 @@
 """The studies, end to end on a tiny random model and a few made-up rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.accuracy import training
 from benchmarks.accuracy.tasks import TASKS
 from peft_mask.analysis import block, dissimilarity, effective_weights, masks_of
 from reproduction import __main__ as command
-from reproduction import layers, sparsity
+from reproduction import ensembles, layers, reinitialized, sentiment, sparsity
 from reproduction.models import Models
 from reproduction.scale import Scale
 from reproduction.sweep import sweep
@@ -21,7 +22,7 @@ from tests.test_accuracy_benchmark import model, write_split  # noqa: F401 (a fi
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    for name, labels in (("trec", 3), ("sst2", 2)):
+    for name, labels in (("trec", 3), ("sst2", 2), ("custrev", 2), ("tweets", 2)):
         (folder / name).mkdir(parents=True)
         (folder / name / "labels.json").write_text(json.dumps([str(i) for i in range(labels)]), "utf-8")
         for split, count in (("train", 40), ("dev", 30), ("test", 20)):
@@ -36,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def study(data: Path, model: Path, results: Path, *more: str) -> None:  # noqa: F811
     options = ["--data", data, "--model", model, "--results", results, "--steps", 2, "--rows", 30, "--threads", 1]
     small = ["--recipes", "mask", "paper", "--points", 3, "--curve-steps", 2, "--seeds", 0, 1, "--every", 1]
-    small += ["--tasks", "trec"]
+    small += ["--tasks", "trec", "--cycles", 3]
     command.main([str(option) for option in [*more, *options, *small]])
 
 
@@ -57,6 +58,11 @@ def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path,
     found = {name: json.loads((results / f"{name}.json").read_text("utf-8")) for name in names}
     assert [row["tasks"] for row in found["storage"]["rows"]] == list(range(1, 12))
     assert len(found["line"]["rows"]) == 5 * 3
+    assert all(len(of_seeds) == 2 for of_seeds in found["line"]["barriers"].values())
+    members = {row["models"]: row["members"] for row in found["ensembles"]["rows"]}
+    assert set(members.values()) == {2, 3}, "of seeds, and of snapshots"
+    assert len(found["generalization"]["rows"]) == 3 * 2 * 3
+    assert [row["flipped"] is None for row in found["reinitialized"]["rows"]] == [True] * 5 + [False] * 5
     assert len(found["representations"]["points"]["masked"]) == 30
     assert [row["step"] for row in found["movement"]["rows"]] == [0, 1, 2]
     assert {row["mask"] for row in found["controls"]["rows"]} >= {"learned", "shuffled, seed 0", "largest weights"}
@@ -87,8 +93,9 @@ def test_a_model_whose_parameters_are_gone_is_trained_again_to_the_same(data, mo
 
 def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_was(data, model, tmp_path, monkeypatch):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
-    variants = {name: sparsity.at_start(p) for name, p in (("few", 0.05), ("many", 0.5))}
-    one = sweep(models, variants, Scale(tasks=("trec",), seeds=(0,), rates=(1e-3, 1.0)))
+    scale = Scale(tasks=("trec",), seeds=(0,), rates=(1e-3, 1.0))
+    variants = {name: sparsity.at_start(p, scale) for name, p in (("few", 0.05), ("many", 0.5))}
+    one = sweep(models, variants, scale)
     trained: list[tuple[str, int]] = []
 
     def train(task, method, lr, seed, *more):
@@ -97,7 +104,7 @@ def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_wa
 
     real = training.train
     monkeypatch.setattr(training, "train", train)
-    two = sweep(models, variants, Scale(tasks=("trec",), seeds=(0, 1), rates=(1e-3, 1.0)))
+    two = sweep(models, variants, replace(scale, seeds=(0, 1)))
     assert trained == [("paper-0.05", 1), ("paper-0.5", 1)], "the chosen rate of each, and nothing twice"
     for first, both in zip(one, two, strict=True):
         dev = dict(part.split(": ") for part in first["dev at each rate"].split(", "))
@@ -138,11 +145,100 @@ def test_the_sweeps_vary_what_they_say(data, tmp_path, monkeypatch):
 
 
 def test_pictures_of_sweeps_have_a_line_a_task_and_direction(tmp_path):
-    rows = [{"task": "trec", "variant": name, "test": 0.5} for name in ("bottom-up 1", "top-down 1", "all 2")]
+    rows = [
+        {"task": "trec", "variant": name, "test": 0.5, "deviation": 0.1}
+        for name in ("bottom-up 1", "top-down 1", "all 2")
+    ]
     layers.draw({"rows": rows}, tmp_path / "layers.svg")
     sparsity.draw({"rows": [{"task": "trec", "variant": "5%", "test": 0.5}]}, tmp_path / "sparsity.svg")
     assert all(f"<!-- trec, {name} -->" in (tmp_path / "layers.svg").read_text("utf-8") for name in layers.DIRECTIONS)
     assert "<!-- 5% -->" in (tmp_path / "sparsity.svg").read_text("utf-8")
+
+
+def test_snapshots_are_taken_where_a_cycle_of_the_rate_ends(data, model, tmp_path, monkeypatch):  # noqa: F811
+    setting = replace(command.Setting(data, str(model)), cycles=3)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 1.0)
+    schedule = setting.schedule(optimizer, 12)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1.0, 0.8536, 0.5, 0.1464] * 3, abs=1e-4)
+    assert setting.as_json() != command.Setting(data, str(model)).as_json(), "and its results are told apart"
+
+    models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
+    dev = models.batches("sst2", "dev", 30)
+    seen = []
+    monkeypatch.setattr(ensembles, "train", lambda *given, **more: seen.append((given, more)) or real(*given, **more))
+    real = training.train
+    (logits,) = ensembles._snapshots("mask", models, Scale(cycles=3), [dev])
+    assert logits.shape == (3, 30, 2)
+    assert not torch.equal(logits[0], logits[2])
+    ((given, _),) = seen
+    assert given[4] == 6, "three cycles of two steps"
+
+
+def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretrained(data, model, tmp_path):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path)
+
+    def weights(part, way, seed):
+        method = reinitialized.without(part, way)
+        return effective_weights(training.untrained(TASKS["trec"], method, seed, models.setting))
+
+    pretrained = weights("nothing", "full", 0)
+    for way in ("full", "mask"):
+        drawn = weights("attention", way, 0)
+        changed = {name for name, own in drawn.items() if not torch.equal(own, pretrained[name])}
+        matrices = {name for name in pretrained if ".attention." in name and name.endswith("dense.weight")}
+        assert changed >= matrices
+        assert all(".attention." in name for name in changed)
+        again, other = weights("attention", way, 0), weights("attention", way, 1)
+        name = min(matrices)
+        assert torch.equal(drawn[name], again[name])
+        assert not torch.equal(drawn[name], other[name])
+    assert reinitialized.without("attention", "mask").note != reinitialized.without("nothing", "mask").note
+
+
+def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, model, tmp_path):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
+    assert models.chosen_rate("custrev", "mask") == 5e-4
+    assert not list(tmp_path.glob("*/*.json"))
+    chosen = models.chosen_rate("custrev", "full")
+    tries = {lr: models.run("custrev", "full", 0, lr).read()["dev"] for lr in (1e-4, 3e-4, 1e-3)}
+    assert tries[chosen] == max(tries.values())
+
+
+def test_sentiment_of_others_is_read_split_and_written_the_same_each_time(tmp_path, capsys):
+    reviews = [f"{i % 2} it is n't bad \xe9 \x85 {i} ." for i in range(1010)]
+    (tmp_path / "custrev.all").write_text("\n".join([*reviews, reviews[0]]) + "\n", "latin-1")
+    folder = tmp_path / "sentiment"
+    folder.mkdir()
+    for split, count in (("val", 30), ("test", 4600)):
+        lines = [f"tweet {i} \u2028 of @user" for i in range(count)]
+        (folder / f"{split}_text.txt").write_text("\n".join(lines) + "\n", "utf-8")
+        (folder / f"{split}_labels.txt").write_text("\n".join(str(i % 3) for i in range(count)) + "\n", "utf-8")
+    for data in ("one", "two"):
+        arguments = ["--custrev", tmp_path / "custrev.all", "--tweets", folder, "--data", tmp_path / data]
+        sentiment.main([str(argument) for argument in arguments])
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("*/*"))
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+    def rows(name, split):
+        lines = (tmp_path / "one" / name / f"{split}.jsonl").read_text("utf-8").splitlines()
+        return {(row["text"], row["label"]) for row in map(json.loads, lines)}
+
+    counts = {name: [len(rows(name, split)) for split in ("train", "dev", "test")] for name in ("custrev", "tweets")}
+    assert counts == {"custrev": [10, 500, 500], "tweets": [3067 - 20 - 1500, 20, 1500]}
+    assert ("it is n't bad \xe9 \x85 7 .", 1) in rows("custrev", "train") | rows("custrev", "dev") | rows(
+        "custrev", "test"
+    )
+    assert rows("tweets", "dev") == {(f"tweet {i} \u2028 of @user", i % 3 // 2) for i in range(30) if i % 3 != 1}
+    assert not rows("tweets", "dev") & (rows("tweets", "train") | rows("tweets", "test"))
+    with pytest.raises(SystemExit):
+        sentiment.main(["--data", str(tmp_path)])
+    assert "nothing to read" in capsys.readouterr().err
 
 
 def test_studies_that_are_none_and_missing_data_are_refused(tmp_path, capsys):

@@ -17,11 +17,12 @@ MARKERS = "osD^vPX*"
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a picture: points in the order they are connected; `dashed` for a control."""
+    """One line of a picture: points in the order they are connected; `dashed` for a control, `error` for bars."""
 
     x: Sequence[float | str]
     y: Sequence[float]
     dashed: bool = False
+    error: Sequence[float] | None = None
 
 
 def plot_lines(
@@ -40,9 +41,12 @@ def plot_lines(
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for i, (name, line) in enumerate(lines.items()):
-        axes.plot(
+        axes.errorbar(
             line.x,
             line.y,
+            yerr=line.error,
+            capsize=2,
+            elinewidth=1,
             color=COLORS[i % len(COLORS)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=5,

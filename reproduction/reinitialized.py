@@ -1,0 +1,61 @@
+"""Does a mask need the pretrained weights? Parts of them are drawn anew before the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy.training import Method
+from peft_mask.analysis import reinitialize
+from peft_mask.analysis.controls import Part
+from peft_mask.analysis.plots import Line, plot_lines
+from reproduction.models import WAYS, Models
+from reproduction.scale import Scale
+from reproduction.seeds import bars
+from reproduction.sweep import NOTE as SWEEP_NOTE
+from reproduction.sweep import sweep
+
+TITLE = "Parts of the base model drawn anew: test accuracy"
+NOTE = f"N(0, 0.02) for weights, 0 for biases, before the training. {SWEEP_NOTE}"
+
+PARTS: dict[str, tuple[Part, ...]] = {
+    "nothing": (),
+    "embeddings": ("embeddings",),
+    "attention": ("attention",),
+    "feed-forward": ("intermediate", "output"),
+    "everything": ("embeddings", "attention", "intermediate", "output"),
+}
+TRAINED = {"full": "fine-tuned", "mask": "masked"}
+
+
+def without(part: str, way: str) -> Method:
+    """A way of training, of a base model without what pretraining gave to `part`."""
+    method = WAYS[way][0]
+    if not PARTS[part]:
+        return method
+
+    def build(model: nn.Module, task_type: str) -> nn.Module:
+        reinitialize(model, PARTS[part], seed=torch.initial_seed())
+        return method.build(model, task_type)
+
+    note = f"{method.note}; drawn anew before: {part}"
+    return Method(f"{method.name}-without-{part}", note, build, method.optimizer, method.lrs)
+
+
+def run(models: Models, scale: Scale) -> dict[str, Any]:
+    variants = {f"{part}, {name}": without(part, way) for way, name in TRAINED.items() for part in PARTS}
+    return {"rows": sweep(models, variants, scale)}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    lines = {}
+    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+        for name in TRAINED.values():
+            rows = [row for row in result["rows"] if row["task"] == task and row["variant"].endswith(f", {name}")]
+            parts = [row["variant"].split(", ")[0] for row in rows]
+            test = [row["test"] for row in rows]
+            lines[f"{task}, {name}"] = Line(parts, test, dashed=name == "fine-tuned", error=bars(rows))
+    plot_lines(path, lines, "drawn anew", "test accuracy", TITLE)
