@@ -89,8 +89,9 @@ def _large(weight: Tensor, least: int) -> Tensor:
 def _at_least(values: Tensor, least: int) -> Tensor:
     if values.device.type != "cpu":
         return _magnitudes(values) >= least
-    # The same in numpy, whose operations on integers are twice as fast.
-    return torch.from_numpy((values.to(torch.bfloat16).view(torch.int16).numpy() & 0x7FFF) >= least)
+    # The same in numpy, whose operations on integers are twice as fast; of a copy, as FSDP2 could not resize a storage
+    # that numpy has seen.
+    return torch.from_numpy((values.to(torch.bfloat16, copy=True).view(torch.int16).numpy() & 0x7FFF) >= least)
 
 
 def _magnitudes(values: Tensor) -> Tensor:

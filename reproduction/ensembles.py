@@ -30,7 +30,7 @@ Batches = list[dict[str, Tensor]]
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    dev, test = (models.batches("sst2", split, scale.rows) for split in ("dev", "test"))
+    dev, test = models.batches("sst2", "dev", scale.rows), models.batches("sst2", "test")
     members: dict[str, Callable[[Models, Scale, list[Batches]], list[Tensor]]] = {
         "masked, seeds": _masked,
         "fine-tuned, seeds": _finetuned,

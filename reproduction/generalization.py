@@ -22,7 +22,7 @@ TRAINED = {"full": "fine-tuned", "mask": "masked"}
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    tests = {task: models.batches(task, "test", scale.rows) for task in SETS}
+    tests = {task: models.batches(task, "test") for task in SETS}
     rows = []
     for trained_on in SETS:
         for way, name in TRAINED.items():

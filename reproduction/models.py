@@ -88,8 +88,10 @@ class Models:
         """The model of a training before its first step: the same pretrained weights, head and starting masks."""
         return untrained(TASKS[task], WAYS[way][0], seed, self.setting)
 
-    def batches(self, task: str, split: Split, rows: int, batch_size: int = 64) -> list[dict[str, Tensor]]:
-        """The first examples of a split, in order of length, which is the cheapest."""
+    def batches(
+        self, task: str, split: Split, rows: int | None = None, batch_size: int = 64
+    ) -> list[dict[str, Tensor]]:
+        """The first examples of a split, by default all, in order of length, which is the cheapest."""
         found = self.setting.rows(TASKS[task], split)
-        order = sorted(range(min(rows, len(found.pieces))), key=lambda i: len(found.pieces[i]))
+        order = sorted(range(len(found.pieces))[:rows], key=lambda i: len(found.pieces[i]))
         return [found.batch(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]

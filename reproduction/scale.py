@@ -1,4 +1,4 @@
-"""How much of everything: small on purpose, so that all studies together take an hour or two of one core."""
+"""How much of everything: small on purpose, so that all studies together take a working day of one core."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Scale:
 
     Attributes:
         recipes: of masks, keys of `reproduction.models.WAYS`.
-        rows: how many examples of a split are looked at, the first of them.
+        rows: how many training and development examples are looked at, the first of them; of test, always all.
         points: of a line or curve.
         curve_steps: batches that a curve is trained with.
         seeds: of each figure, and of the members of an ensemble.
@@ -23,14 +23,14 @@ class Scale:
         blocks: how many blocks are masked, in the sweep over them; by default powers of two.
     """
 
-    recipes: tuple[str, ...] = ("mask",)
+    recipes: tuple[str, ...] = ("mask", "paper")
     rows: int = 872
     points: int = 11
-    curve_steps: int = 60
+    curve_steps: int = 150
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     cycles: int = 4
     every: int = 15
-    tasks: tuple[str, ...] = ("ud_ewt_pos",)
-    rates: tuple[float, ...] = (1e-3, 3e-3)
-    sparsities: tuple[float, ...] = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 0.95)
+    tasks: tuple[str, ...] = ("ud_ewt_pos", "trec")
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    sparsities: tuple[float, ...] = (0.01, 0.03, 0.05, 0.1, 0.5, 0.95)
     blocks: tuple[int, ...] | None = None

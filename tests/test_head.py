@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask.analysis import masks_of
 from peft_mask.head import draw_head, random_weight
 from peft_mask.layer import MaskLayer
 from tests.test_model import logits
@@ -33,6 +34,10 @@ HEADS = {
 
 def config(**fields):
     return MaskConfig.paper(**{"task_type": "SEQ_CLS", "seed": 0} | fields)
+
+
+def bernoulli():
+    return MaskConfig(binarizer="bernoulli", candidates=None, init_sparsity=0.499, task_type="SEQ_CLS", head="masked")
 
 
 def masked(model):
@@ -134,7 +139,8 @@ def test_the_weights_look_normal_and_differ_by_seed_and_name():
         assert first.quantile(quantile).item() == pytest.approx(normal, abs=0.05)
 
 
-def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path):
+@pytest.mark.parametrize("make", [config, bernoulli])
+def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path, make):
     base = tiny_model("roberta")
     base.save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base/model.safetensors")
@@ -143,7 +149,8 @@ def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path):
         tmp_path / "base/model.safetensors",
         metadata={"format": "pt"},
     )
-    model = trained(get_peft_model(base, config(binarizer="threshold")))
+    model = trained(get_peft_model(base, make()))
+    assert 0 < masks_of(model).sparsity < 1
     model.save_pretrained(tmp_path / "adapter")
     inputs = tiny_inputs(model)
     save_file(inputs | {"logits": logits(model, inputs)}, tmp_path / "expected.safetensors")

@@ -70,6 +70,12 @@ def test_a_weight_is_looked_at_in_pieces_of_any_size(monkeypatch):
         assert encode_ranks(positions, weight) == data
 
 
+def test_a_weight_that_was_looked_at_can_be_resized():
+    weight = torch.randn(64, 32).bfloat16()  # which FSDP2 does to every weight it gathers
+    encode_ranks(np.array([3, 700]), weight)
+    weight.untyped_storage().resize_(0)
+
+
 def test_infinite_and_absent_numbers_are_large_and_nothing_is_small():
     weight = torch.tensor([0.0, -0.0, 1.0, -torch.inf, torch.nan, 1e-40, 3.4e38])  # the last rounds to infinity
     for chosen in ([3], [4], [3, 4], [4, 6], [2, 5], [0, 1], list(range(7))):

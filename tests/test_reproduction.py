@@ -66,7 +66,7 @@ def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path,
     assert len(found["representations"]["points"]["masked"]) == 30
     assert [row["step"] for row in found["movement"]["rows"]] == [0, 1, 2]
     assert {row["mask"] for row in found["controls"]["rows"]} >= {"learned", "shuffled, seed 0", "largest weights"}
-    assert [row["variant"] for row in found["sparsity"]["rows"]] == ["1%", "3%", "5%", "10%", "20%", "50%", "95%"]
+    assert [row["variant"] for row in found["sparsity"]["rows"]] == ["1%", "3%", "5%", "10%", "50%", "95%"]
     five = next(row for row in found["sparsity"]["rows"] if row["variant"] == "5%")
     assert found["layers"]["rows"] == [five | {"variant": "all 1"}]
     assert all(result["environment"]["torch"] == torch.__version__ for result in found.values())
