@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from peft_mask.analysis.plots import Line, plot_lines
 from reproduction.models import WAYS, Models
 from reproduction.scale import Scale
 from reproduction.seeds import bars
-from reproduction.sweep import NOTE as SWEEP_NOTE
 from reproduction.sweep import sweep
 
 TITLE = "Parts of the base model drawn anew: test accuracy"
-NOTE = f"N(0, 0.02) for weights, 0 for biases, before the training. {SWEEP_NOTE}"
+NOTE = (
+    "N(0, 0.02) for weights, 0 for biases, before the training, which is at the rate that dev chose for the pretrained "
+    "model. Flipped: weights whose mask is another than at the start."
+)
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "nothing": (),
@@ -33,16 +36,16 @@ TRAINED = {"full": "fine-tuned", "mask": "masked"}
 
 def without(part: str, way: str) -> Method:
     """A way of training, of a base model without what pretraining gave to `part`."""
-    method = WAYS[way][0]
+    method, rate = WAYS[way]
     if not PARTS[part]:
-        return method
+        return replace(method, lrs=(rate,))
 
     def build(model: nn.Module, task_type: str) -> nn.Module:
         reinitialize(model, PARTS[part], seed=torch.initial_seed())
         return method.build(model, task_type)
 
     note = f"{method.note}; drawn anew before: {part}"
-    return Method(f"{method.name}-without-{part}", note, build, method.optimizer, method.lrs)
+    return Method(f"{method.name}-without-{part}", note, build, method.optimizer, (rate,))
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:

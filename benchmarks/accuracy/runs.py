@@ -61,7 +61,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         seconds = time.perf_counter() - self.start
-        eta = f"{seconds / self.done * self.left / 60:.0f} min left" if self.done else "time left unknown"
+        known = self.done and self.left > 0
+        eta = f"{seconds / self.done * self.left / 60:.0f} min left" if known else "time left unknown"
         print(f"[{seconds / 60:.1f} min, {eta}] {text}", flush=True)
 
 
