@@ -16,6 +16,16 @@ def test_lines_are_drawn_with_their_names(tmp_path):
         assert f"<!-- {text} -->" in written
 
 
+def test_bars_show_the_errors_of_those_lines_that_have_any(tmp_path):
+    path = tmp_path / "bars.svg"
+    lines = {"mean": Line([1, 2], [1.0, 2.0], error=[0.1, 0.2]), "one seed": Line([1, 2], [2.0, 3.0])}
+    drawn = {}
+    for name, line in lines.items():
+        plot_lines(path, {name: line}, "", "", "")
+        drawn[name] = "LineCollection" in path.read_text("utf-8")
+    assert drawn == {"mean": True, "one seed": False}
+
+
 def test_dots_have_a_row_a_name(tmp_path):
     path = tmp_path / "dots.svg"
     plot_dots(path, {"first": {"a mask": 0.5, "a control": 0.4}, "second": {"a control": 0.3}}, "accuracy", "masks")
