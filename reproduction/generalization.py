@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_mask.analysis import generalization
 from peft_mask.analysis.plots import plot_dots
-from reproduction.models import Models
+from reproduction.models import NAMES, Models
 from reproduction.scale import Scale
 from reproduction.seeds import over_seeds
 
@@ -18,20 +18,19 @@ NOTE = (
     "Gain: above the most common label."
 )
 SETS = ("sst2", "custrev", "tweets")
-TRAINED = {"full": "fine-tuned", "mask": "masked"}
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     tests = {task: models.batches(task, "test") for task in SETS}
     rows = []
     for trained_on in SETS:
-        for way, name in TRAINED.items():
+        for way in ("full", "mask"):
             lr = models.chosen_rate(trained_on, way)
             of_seeds = [
                 generalization({trained_on: models.trained(trained_on, way, seed, lr)}, tests) for seed in scale.seeds
             ]
             for found in zip(*of_seeds, strict=True):
-                row = {"trained on": trained_on, "model": name, "tested on": found[0]["dataset"]}
+                row = {"trained on": trained_on, "model": NAMES[way], "tested on": found[0]["dataset"]}
                 row |= over_seeds("accuracy", [one["accuracy"] for one in found])
                 row["gain"] = round(row["accuracy"] - found[0]["majority"], 4)
                 rows.append(row | {"lr": f"{lr:g}"})

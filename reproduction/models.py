@@ -45,6 +45,8 @@ WAYS: dict[str, tuple[Method, float]] = {
         1e-3,
     ),
 }
+# what tables and pictures call them
+NAMES = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setting"}
 
 
 @dataclass(frozen=True)

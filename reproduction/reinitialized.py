@@ -13,7 +13,7 @@ from benchmarks.accuracy.training import Method
 from peft_mask.analysis import reinitialize
 from peft_mask.analysis.controls import Part
 from peft_mask.analysis.plots import Line, plot_lines
-from reproduction.models import WAYS, Models
+from reproduction.models import NAMES, WAYS, Models
 from reproduction.scale import Scale
 from reproduction.seeds import bars
 from reproduction.sweep import sweep
@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "feed-forward": ("intermediate", "output"),
     "everything": ("embeddings", "attention", "intermediate", "output"),
 }
-TRAINED = {"full": "fine-tuned", "mask": "masked"}
+TRAINED = ("full", "mask")
 
 
 def without(part: str, way: str) -> Method:
@@ -49,14 +49,14 @@ def without(part: str, way: str) -> Method:
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
-    variants = {f"{part}, {name}": without(part, way) for way, name in TRAINED.items() for part in PARTS}
+    variants = {f"{part}, {NAMES[way]}": without(part, way) for way in TRAINED for part in PARTS}
     return {"rows": sweep(models, variants, scale)}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     lines = {}
     for task in dict.fromkeys(row["task"] for row in result["rows"]):
-        for name in TRAINED.values():
+        for name in (NAMES[way] for way in TRAINED):
             rows = [row for row in result["rows"] if row["task"] == task and row["variant"].endswith(f", {name}")]
             parts = [row["variant"].split(", ")[0] for row in rows]
             test = [row["test"] for row in rows]

@@ -10,7 +10,7 @@ import torch
 from peft_mask.analysis import labels_of, pooled_states, separability, tsne
 from peft_mask.analysis.plots import plot_points
 from peft_mask.analysis.representations import Pooling
-from reproduction.models import Models
+from reproduction.models import NAMES, Models
 from reproduction.scale import Scale
 from reproduction.seeds import over_seeds
 
@@ -22,7 +22,6 @@ NOTE = (
 )
 
 
-NAMES = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setting"}
 COLUMNS: dict[Pooling, str] = {"mean": "separability, mean of tokens", "first": "separability, [CLS]"}
 
 
