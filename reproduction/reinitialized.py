@@ -12,10 +12,9 @@ from torch import nn
 from benchmarks.accuracy.training import Method
 from peft_mask.analysis import reinitialize
 from peft_mask.analysis.controls import Part
-from peft_mask.analysis.plots import Line, plot_lines
+from peft_mask.analysis.plots import plot_dots
 from reproduction.models import NAMES, WAYS, Models
 from reproduction.scale import Scale
-from reproduction.seeds import bars
 from reproduction.sweep import sweep
 
 TITLE = "Parts of the base model drawn anew: test accuracy"
@@ -54,11 +53,8 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    lines = {}
-    for task in dict.fromkeys(row["task"] for row in result["rows"]):
-        for name in (NAMES[way] for way in TRAINED):
-            rows = [row for row in result["rows"] if row["task"] == task and row["variant"].endswith(f", {name}")]
-            parts = [row["variant"].split(", ")[0] for row in rows]
-            test = [row["test"] for row in rows]
-            lines[f"{task}, {name}"] = Line(parts, test, dashed=name == "fine-tuned", error=bars(rows))
-    plot_lines(path, lines, "drawn anew", "test accuracy", TITLE)
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        part, name = row["variant"].split(", ")
+        series.setdefault(f"{row['task']}, {name}", {})[part] = row["test"]
+    plot_dots(path, series, "test accuracy", TITLE)
