@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="do studies that have a result, too")
     parser.add_argument("--steps", type=int, help="of every training, in place of the task's budget")
     parser.add_argument("--recipes", nargs="+", choices=("mask", "paper"), default=list(Scale.recipes))
-    parser.add_argument("--rows", type=int, default=Scale.rows, help="of training and dev that are looked at")
+    parser.add_argument("--rows", type=int, default=Scale.rows, help="training and dev examples looked at")
     parser.add_argument("--points", type=int, default=Scale.points, help="points of a line")
     parser.add_argument("--curve-steps", type=int, default=Scale.curve_steps)
     parser.add_argument(

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.accuracy.methods import HEAD_NOTE, METHODS, mask_adamw
-from benchmarks.accuracy.runs import SEARCH_SEED, Progress, Run, finished
+from benchmarks.accuracy.runs import SEARCH_SEED, Progress, Run, best_on_dev, finished
 from benchmarks.accuracy.tasks import TASKS as BENCHMARKED
 from benchmarks.accuracy.tasks import Split, Task
 from benchmarks.accuracy.training import Method, Setting, restored, untrained
@@ -75,9 +75,8 @@ class Models:
 
     def chosen_rate(self, task: str, way: str) -> float:
         """The rate that development data choose among those of the method, one training each."""
-        rates = sorted(WAYS[way][0].lrs)
-        dev = [self.train(task, way, SEARCH_SEED, lr)["dev"] for lr in rates] if len(rates) > 1 else [0.0]
-        return rates[dev.index(max(dev))]
+        tries = [self.run(task, way, SEARCH_SEED, lr) for lr in sorted(WAYS[way][0].lrs)]
+        return (best_on_dev(tries, self.setting, self.progress) if len(tries) > 1 else tries[0]).lr
 
     def trained(self, task: str, way: str, seed: int, lr: float | None = None) -> nn.Module:
         run = self.run(task, way, seed, lr)

@@ -17,6 +17,7 @@ def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | None]:
     return {name: round(mean(values), 4), "deviation": round(stdev(values), 4) if len(values) > 1 else None}
 
 
-def bars(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The deviations of these rows, to be drawn."""
-    return [row.get("deviation") or 0.0 for row in rows]
+def bars(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """The deviations of these rows, to be drawn; None if they are of one seed."""
+    found = [row["deviation"] for row in rows]
+    return None if None in found else found

@@ -17,6 +17,7 @@ from pathlib import Path
 Rows = list[tuple[str, int]]  # text and label: 0 is negative, 1 positive, as in SST-2
 HELD_OUT = 500  # customer reviews for development, and as many for test
 TEST_TWEETS = 1500
+TWEETS = [f"{split}_{kind}.txt" for split in ("val", "test") for kind in ("text", "labels")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,17 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tweets", type=Path, help="the folder datasets/sentiment")
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder a task, to write into")
     options = parser.parse_args(arguments)
-    if options.custrev is None and options.tweets is None:
+    files = [options.custrev] if options.custrev else []
+    files += [options.tweets / name for name in TWEETS] if options.tweets else []
+    if not files:
         parser.error("there is nothing to read: give --custrev, --tweets or both")
-    if options.custrev is not None:
+    if missing := [str(file) for file in files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
+    if options.custrev:
         _write(options.data / "custrev", customer_reviews(options.custrev))
-    if options.tweets is not None:
+    if options.tweets:
         _write(options.data / "tweets", tweets(options.tweets))
 
 
 def customer_reviews(file: Path) -> dict[str, Rows]:
     lines = file.read_text("latin-1").strip().split("\n")
-    rows = _shuffled([(text.strip(), int(label)) for label, text in (line.split(" ", 1) for line in lines)])
+    for number, line in enumerate(lines, start=1):
+        if line[:2] not in ("0 ", "1 "):
+            raise SystemExit(f"{file}:{number}: expected 0 or 1 and a text, got {line[:40]!r}. Is it custrev.all?")
+    rows = _shuffled([(line[2:].strip(), int(line[0])) for line in lines])
     test, dev = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT]
     return {"train": rows[2 * HELD_OUT :], "dev": dev, "test": test}
 
@@ -48,11 +56,14 @@ def tweets(folder: Path) -> dict[str, Rows]:
 
 
 def _opinions(folder: Path, split: str) -> Rows:
-    texts = (folder / f"{split}_text.txt").read_text("utf-8").split("\n")
+    texts = (folder / f"{split}_text.txt").read_text("utf-8").removesuffix("\n").split("\n")
     labels = (folder / f"{split}_labels.txt").read_text("utf-8").split()
     meaning = {"0": 0, "2": 1}  # 1 is neutral
-    pairs = zip(texts, labels, strict=False)  # a line end more than there are tweets
-    return [(text.strip(), meaning[label]) for text, label in pairs if label in meaning]
+    if len(texts) != len(labels):
+        raise SystemExit(
+            f"{folder}: {split}_text.txt has {len(texts)} tweets, {split}_labels.txt {len(labels)} labels."
+        )
+    return [(text.strip(), meaning[label]) for text, label in zip(texts, labels, strict=True) if label in meaning]
 
 
 def _shuffled(rows: Rows) -> Rows:

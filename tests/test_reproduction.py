@@ -150,7 +150,8 @@ def test_pictures_of_sweeps_have_a_line_a_task_and_direction(tmp_path):
         for name in ("bottom-up 1", "top-down 1", "all 2")
     ]
     layers.draw({"rows": rows}, tmp_path / "layers.svg")
-    sparsity.draw({"rows": [{"task": "trec", "variant": "5%", "test": 0.5}]}, tmp_path / "sparsity.svg")
+    one_seed = {"task": "trec", "variant": "5%", "test": 0.5, "deviation": None}
+    sparsity.draw({"rows": [one_seed]}, tmp_path / "sparsity.svg")
     assert all(f"<!-- trec, {name} -->" in (tmp_path / "layers.svg").read_text("utf-8") for name in layers.DIRECTIONS)
     assert "<!-- 5% -->" in (tmp_path / "sparsity.svg").read_text("utf-8")
 
@@ -210,7 +211,7 @@ def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, m
     assert tries[chosen] == max(tries.values())
 
 
-def test_sentiment_of_others_is_read_split_and_written_the_same_each_time(tmp_path, capsys):
+def test_sentiment_of_others_is_read_split_and_written_the_same_each_time(tmp_path):
     reviews = [f"{i % 2} it is n't bad \xe9 \x85 {i} ." for i in range(1010)]
     (tmp_path / "custrev.all").write_text("\n".join([*reviews, reviews[0]]) + "\n", "latin-1")
     folder = tmp_path / "sentiment"
@@ -236,9 +237,33 @@ def test_sentiment_of_others_is_read_split_and_written_the_same_each_time(tmp_pa
     )
     assert rows("tweets", "dev") == {(f"tweet {i} \u2028 of @user", i % 3 // 2) for i in range(30) if i % 3 != 1}
     assert not rows("tweets", "dev") & (rows("tweets", "train") | rows("tweets", "test"))
-    with pytest.raises(SystemExit):
-        sentiment.main(["--data", str(tmp_path)])
-    assert "nothing to read" in capsys.readouterr().err
+
+
+def test_what_is_no_sentiment_data_is_refused_before_anything_is_written(tmp_path, capsys):
+    for arguments, message in (
+        ([], "nothing to read"),
+        (["--tweets", str(tmp_path)], f"no such file: {tmp_path / 'val_text.txt'}, {tmp_path / 'val_labels.txt'}"),
+    ):
+        with pytest.raises(SystemExit):
+            sentiment.main([*arguments, "--data", str(tmp_path / "data")])
+        assert message in capsys.readouterr().err
+    (tmp_path / "other").write_text("1 good\n2 neither\n", "latin-1")
+    for split in ("val", "test"):
+        (tmp_path / f"{split}_text.txt").write_text("one\ntwo\n", "utf-8")
+        (tmp_path / f"{split}_labels.txt").write_text("0\n", "utf-8")
+    for option, path, message in (
+        ("--custrev", tmp_path / "other", "other:2: expected 0 or 1 and a text, got '2 neither'"),
+        ("--tweets", tmp_path, "val_text.txt has 2 tweets, val_labels.txt 1 labels"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            sentiment.main([option, str(path), "--data", str(tmp_path / "data")])
+    assert not (tmp_path / "data").exists()
+
+
+def test_data_that_are_not_there_are_named(tmp_path, model):  # noqa: F811
+    models = Models(command.Setting(tmp_path, str(model)), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"task 'custrev' needs .*test\.jsonl.* docs/reproduction.md where"):
+        models.batches("custrev", "test")
 
 
 def test_studies_that_are_none_and_missing_data_are_refused(tmp_path, capsys):

@@ -100,11 +100,7 @@ def search(
     """
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
-    dev = [finished(run, setting, progress)["dev"] for run in tries]
-    chosen = tries[dev.index(max(dev))]
-    for run in tries:
-        if run is not chosen:
-            run.state.unlink(missing_ok=True)
+    chosen = best_on_dev(tries, setting, progress)
     results_of_seeds = []
     for seed in _seeds(method, seeds):
         run = Run(task, method, chosen.lr, seed, steps, results)
@@ -121,6 +117,16 @@ def search(
         run.state.unlink(missing_ok=True)
         results_of_seeds.append(result)
     return results_of_seeds
+
+
+def best_on_dev(tries: Sequence[Run], setting: Setting, progress: Progress) -> Run:
+    """The try with the highest score on development data, the first of equal ones; the others' parameters go."""
+    dev = [finished(run, setting, progress)["dev"] for run in tries]
+    chosen = tries[dev.index(max(dev))]
+    for run in tries:
+        if run is not chosen:
+            run.state.unlink(missing_ok=True)
+    return chosen
 
 
 def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:

@@ -34,7 +34,17 @@ class Task:
     max_length: int = 128
 
     def label_names(self, data: Path) -> list[str]:
-        return json.loads((data / self.name / "labels.json").read_text("utf-8"))
+        return json.loads(self.file(data, "labels.json").read_text("utf-8"))
+
+    def file(self, data: Path, name: str) -> Path:
+        """One of the task's files below the folder `data`."""
+        path = data / self.name / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"task '{self.name}' needs the file '{path}', which is not there: benchmarks/README.md says what the "
+                "folder of --data holds, docs/reproduction.md where custrev and tweets come from."
+            )
+        return path
 
 
 TASKS = {
@@ -92,13 +102,13 @@ def load_rows(task: Task, split: Split, model: str, data: Path) -> Rows:
     """Reads one split of `task` below the folder `data`, in the word pieces of `model`."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     if task.task_type == "SEQ_CLS":
-        path = data / task.name / f"{split}.jsonl"
+        path = task.file(data, f"{split}.jsonl")
         examples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         texts = [example["text"] for example in examples]
         pieces = tokenizer(texts, truncation=True, max_length=task.max_length)["input_ids"]
         return Rows(pieces, [example["label"] for example in examples], len(examples), tokenizer.pad_token_id)
     index = {name: i for i, name in enumerate(task.label_names(data))}
-    sentences = read_columns(data / task.name / f"{split}.conll")
+    sentences = read_columns(task.file(data, f"{split}.conll"))
     words = [[word for word, _ in sentence] for sentence in sentences]
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=task.max_length)
     labels = [
