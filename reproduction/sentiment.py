@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def customer_reviews(file: Path) -> dict[str, Rows]:
-    lines = file.read_text("latin-1").strip().split("\n")
+    lines = file.read_text("latin-1").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if line[:2] not in ("0 ", "1 "):
             raise SystemExit(f"{file}:{number}: expected 0 or 1 and a text, got {line[:40]!r}. Is it custrev.all?")
