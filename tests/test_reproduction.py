@@ -12,9 +12,10 @@ from benchmarks.accuracy import training
 from benchmarks.accuracy.tasks import TASKS
 from peft_mask.analysis import block, dissimilarity, effective_weights, masks_of
 from reproduction import __main__ as command
-from reproduction import ensembles, layers, reinitialized, sentiment, sparsity
+from reproduction import ensembles, layers, line, reinitialized, representations, sentiment, sparsity
 from reproduction.models import Models
 from reproduction.scale import Scale
+from reproduction.seeds import bars, over_seeds
 from reproduction.sweep import sweep
 from tests.test_accuracy_benchmark import model, write_split  # noqa: F401 (a fixture)
 
@@ -181,6 +182,38 @@ def test_snapshots_are_taken_where_a_cycle_of_the_rate_ends(data, model, tmp_pat
     assert given[4] == 6, "three cycles of two steps"
 
 
+def test_an_ensemble_decides_in_the_way_that_is_best_on_dev(monkeypatch):
+    votes = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]], [[9.0, 0.0]]])  # by labels 1, by sums 0
+    for label, best in ((1, {"labels"}), (0, {"logits", "probabilities"})):
+        batches = [{"labels": torch.tensor([label])}]
+        monkeypatch.setattr(Models, "batches", lambda *given, b=batches: b)
+        for members in ("_masked", "_finetuned", "_snapshots"):
+            monkeypatch.setattr(ensembles, members, lambda *given: [votes, votes])
+        for row in ensembles.run(Models(command.Setting(Path(), ""), Path()), Scale())["rows"]:
+            assert row["way chosen on dev"] in best
+            assert row["test, ensemble"] == 1
+
+
+def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeypatch):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path)
+    for study, ways in ((line, {"full", "mask"}), (representations, {"full", "mask", "paper"})):
+        seen = set()
+
+        def trained(models, task, way, seed, seen=seen):
+            seen.add((way, seed))
+            return models.untrained(task, way, seed)
+
+        monkeypatch.setattr(Models, "trained", trained)
+        study.run(models, Scale(rows=30, points=2, seeds=(3, 5)))
+        assert seen == {(way, seed) for way in ways for seed in (3, 5)}
+
+
+def test_figures_of_one_seed_have_no_bars():
+    rows = [over_seeds("test", values) for values in ([0.5, 0.7], [0.6])]
+    assert bars(rows[:1]) == [0.1414]
+    assert bars(rows[1:]) is None
+
+
 def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretrained(data, model, tmp_path):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path)
 
@@ -213,7 +246,8 @@ def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, m
 
 def test_sentiment_of_others_is_read_split_and_written_the_same_each_time(tmp_path):
     reviews = [f"{i % 2} it is n't bad \xe9 \x85 {i} ." for i in range(1010)]
-    (tmp_path / "custrev.all").write_text("\n".join([*reviews, reviews[0]]) + "\n", "latin-1")
+    empty = "1 "  # as the last line of the real file
+    (tmp_path / "custrev.all").write_text("\n".join([*reviews[:-1], reviews[0], empty]) + "\n", "latin-1")
     folder = tmp_path / "sentiment"
     folder.mkdir()
     for split, count in (("val", 30), ("test", 4600)):
