@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
     arguments, training_arguments = parser.parse_args_into_dataclasses(args=argv)
     set_seed(training_arguments.seed)
+    first = training_arguments.process_index == 0  # of several processes that one writes and prints
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -215,10 +216,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"error: {error}") from None
 
     for name, (train, _) in blocks.items():
-        print(f"mask {name}: {train.numel():,} tokens to learn from")
+        if first:
+            print(f"mask {name}: {train.numel():,} tokens to learn from")
         trainer = train_mask(model, name, train, training_arguments)
     output = Path(training_arguments.output_dir)
-    model.save_pretrained(output)  # each adapter in a folder of its name
+    if first:
+        model.save_pretrained(output)  # each adapter in a folder of its name
 
     figures: dict[str, dict[str, float]] = {}
     texts: dict[str, list[str]] = {}
@@ -226,7 +229,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in (BASE, *blocks):
         with use(model, name):
             figures[name] = {column: perplexity(trainer, test) for column, (_, test) in blocks.items()}
-            texts[name] = generate(model, tokenizer, arguments.prompts, arguments.max_new_tokens)
+            if first:
+                texts[name] = generate(model, tokenizer, arguments.prompts, arguments.max_new_tokens)
+    trainer.accelerator.end_training()
+    if not first:
+        return {"perplexity": figures}
     print_perplexities(figures)
 
     rows = [(prompt, name) for prompt in arguments.prompts for name in texts]

@@ -6,6 +6,7 @@ import json
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -217,9 +218,34 @@ def file_bytes(file: Path, head: Collection[str]) -> tuple[int, int]:
     return file.stat().st_size - head_bytes, head_bytes
 
 
-def trainer_of(model: Any, optimizer: Any, task: Task, tokenizer: Any, arguments: TrainingArguments) -> Trainer:
+class OptimizerTrainer(Trainer):
+    """A trainer that is told how to make its optimizer, as FSDP and DeepSpeed let it have none from outside.
+
+    Args:
+        make_optimizer: makes it of the model.
+        settings: those of `Trainer`.
+    """
+
+    def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.make_optimizer = make_optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(self.model)
+        return self.optimizer
+
+
+def trainer_of(
+    model: Any,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    task: Task,
+    tokenizer: Any,
+    arguments: TrainingArguments,
+) -> Trainer:
     """Put model and task together; the schedule is that of the arguments."""
-    return Trainer(
+    return OptimizerTrainer(
+        make_optimizer,
         model=model,
         args=arguments,
         train_dataset=task.data["train"],
@@ -227,7 +253,6 @@ def trainer_of(model: Any, optimizer: Any, task: Task, tokenizer: Any, arguments
         processing_class=tokenizer,
         data_collator=task.collator,
         compute_metrics=task.metrics,
-        optimizers=(optimizer, None),
         callbacks=[MaskCallback()] if isinstance(model, PeftModel) else None,
     )
 
@@ -249,6 +274,8 @@ def run(
 ) -> dict[str, float]:
     """Train a mask as the arguments say, save it, and return the figures that are printed.
 
+    Of several processes the first one writes and prints; bytes of the file are among its figures alone.
+
     Args:
         kind: dataclass of the script's own arguments.
         description: what `--help` says.
@@ -266,19 +293,21 @@ def run(
         model = get_peft_model(base, MaskConfig(task_type=task.task_type, **budget))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    optimizer = create_mask_optimizer(model, lr=training_arguments.learning_rate)
-    trainer = trainer_of(model, optimizer, task, tokenizer, training_arguments)
+    make_optimizer = partial(create_mask_optimizer, lr=training_arguments.learning_rate)
+    trainer = trainer_of(model, make_optimizer, task, tokenizer, training_arguments)
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     figures = score(trainer, task, arguments)
-
-    output = Path(training_arguments.output_dir)
     trainer.save_model()
-    if task.labels is not None:
-        (output / "labels.json").write_text(json.dumps(task.labels), encoding="utf-8")  # an adapter does not name them
-    mask, head = file_bytes(output / "adapter_model.safetensors", model.peft_config["default"].modules_to_save)
-    for name, value in figures.items():
-        print(f"{task.test} {name} {value:.4f}")
-    print(f"{output}: mask {mask:,} bytes, head {head:,} bytes")
+    if trainer.is_world_process_zero():
+        output = Path(training_arguments.output_dir)
+        if task.labels is not None:  # an adapter does not name them
+            (output / "labels.json").write_text(json.dumps(task.labels), encoding="utf-8")
+        mask, head = file_bytes(output / "adapter_model.safetensors", model.peft_config["default"].modules_to_save)
+        for name, value in figures.items():
+            print(f"{task.test} {name} {value:.4f}")
+        print(f"{output}: mask {mask:,} bytes, head {head:,} bytes")
+        figures |= {"mask_bytes": mask, "head_bytes": head}
     if training_arguments.push_to_hub:
         trainer.push_to_hub(tasks=task.hub_tag, dataset=arguments.dataset_name)
-    return {**figures, "mask_bytes": mask, "head_bytes": head}
+    trainer.accelerator.end_training()
+    return figures

@@ -18,6 +18,7 @@ import math
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -151,6 +152,13 @@ def masked(base: PreTrainedModel, task_type: str | None, seed: int) -> PeftModel
     return get_peft_model(base, MaskConfig.paper(**named, head="masked", layers_to_transform=blocks, seed=seed))
 
 
+def optimizer_of(model: Any, lr: float) -> torch.optim.Optimizer:
+    """Make the optimizer of a masked or of a whole model: one rate for all, and no weight decay."""
+    if isinstance(model, PeftModel):
+        return create_mask_optimizer(model, lr=lr, mask_lr=lr)
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train as the arguments say, and return the figures that are written to `result.json` in the output folder."""
     parser = HfArgumentParser(
@@ -174,12 +182,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     base = task.load(arguments.model_name_or_path)
-    if arguments.method == "mask":
-        model: Any = masked(base, task.task_type, seed)
-        optimizer = create_mask_optimizer(model, lr=lr, mask_lr=lr)
-    else:
-        model, optimizer = base, torch.optim.AdamW(base.parameters(), lr=lr, weight_decay=0.0)
-    trainer = trainer_of(model, optimizer, task, tokenizer, training_arguments)
+    model: Any = masked(base, task.task_type, seed) if arguments.method == "mask" else base
+    trainer = trainer_of(model, partial(optimizer_of, lr=lr), task, tokenizer, training_arguments)
     batch = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps
     steps = math.ceil(len(task.data["train"]) / (batch * training_arguments.world_size))
     evaluations = max(1, round(PATIENCE * steps / training_arguments.eval_steps))
@@ -199,9 +203,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "environment": environment(),
     }
     trainer.save_model()
-    output = Path(training_arguments.output_dir)
-    (output / "result.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    print(f"{arguments.task}, {arguments.method}: dev {paper_task.metric} {figures['dev'][paper_task.metric]:.4f}")
+    if trainer.is_world_process_zero():
+        output = Path(training_arguments.output_dir)
+        (output / "result.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        print(f"{arguments.task}, {arguments.method}: dev {paper_task.metric} {figures['dev'][paper_task.metric]:.4f}")
+    trainer.accelerator.end_training()
     return figures
 
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 from peft_mask.sharded import is_taken_away
+from tests.processes import leave
 from tests.tiny_models import tiny_inputs, tiny_model
 
 BATCH, STEPS = 8, 6
@@ -100,3 +101,4 @@ def main(folder: Path, stop: int, dtype: str) -> None:
 if __name__ == "__main__":
     folder, stop, dtype = (*sys.argv[1:], *("", str(STEPS), "float64")[len(sys.argv) - 1 :])
     main(Path(folder), int(stop), dtype)
+    leave()

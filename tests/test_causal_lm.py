@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from benchmarks import decoder
 from examples import causal_lm, smollm2
 from peft_mask import Masks
+from tests.processes import launch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 PETS = [f"cat {number}" for number in range(30)]
@@ -77,6 +78,17 @@ def test_a_mask_is_learned_for_each_file_and_all_are_mixed(tiny_llama, tmp_path,
     printed = capsys.readouterr().out
     assert "6 of 6 are the same, letter for letter" in printed
     assert f"{(out / 'trees' / 'adapter_model.safetensors').stat().st_size:,} bytes" in printed
+
+
+@pytest.mark.slow
+def test_several_processes_learn_the_masks_together_and_the_first_prints(tiny_llama, tmp_path):
+    arguments = ["--train_files", write(tmp_path / "pets.txt", PETS), write(tmp_path / "trees.txt", TREES)]
+    arguments += ["--model_name_or_path", tiny_llama, "--output_dir", str(tmp_path / "out"), "--block_size", "16"]
+    arguments += ["--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true", "--prompts", "a"]
+    printed = launch("examples/causal_lm.py", *arguments)
+    for line in ("mask pets: ", "perplexity of held-out texts:", "3 of 3 are the same, letter for letter"):
+        assert printed.count(line) == 1
+    assert Masks.load(tmp_path / "out/pets") != Masks.load(tmp_path / "out/trees")
 
 
 def test_what_is_printed_is_the_perplexity_of_what_is_saved(tiny_llama, tmp_path):

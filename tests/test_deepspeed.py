@@ -25,6 +25,7 @@ from peft_mask import (
     create_mask_optimizer,
 )
 from peft_mask.layer import MaskLayer
+from tests.processes import leave
 from tests.test_distributed import job
 
 needs_deepspeed = pytest.mark.skipif(
@@ -232,6 +233,7 @@ def on_each_rank(rank, folder):
             torch.save({n: layer.mask("default") for n, layer in layers.items()}, f"{folder}/{stage}-{dtype}-{rank}.pt")
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 @needs_deepspeed

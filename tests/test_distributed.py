@@ -1,10 +1,6 @@
 """Several processes train the mask that one would."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from peft_mask import (
     create_mask_optimizer,
 )
 from peft_mask.layer import MaskLayer
+from tests.processes import launch, leave
 
 WORLD, STEPS = 2, 6
 
@@ -128,6 +125,7 @@ def on_each_rank(rank, folder):
         torch.save(masks, f"{folder}/mixed-{rank}.pt")
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -206,22 +204,8 @@ def test_one_sharded_adapter_is_an_ordinary_one(trained):
 
 
 def job(folder, processes, steps="6", kind="ddp", dtype="float64"):
-    """Run `distributed_job.py` as a user launches it, with a configuration of the examples."""
-    root = Path(__file__).parents[1]
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(root / f"examples/accelerate/{kind}.yaml")]
-    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    if not kind.startswith("zero"):
-        environment["ACCELERATE_USE_CPU"] = "true"
-    script = str(Path(__file__).with_name("distributed_job.py"))
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), script, str(folder), steps, dtype],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Run `distributed_job.py`; the adapter that it saves."""
+    launch("tests/distributed_job.py", str(folder), steps, dtype, processes=processes, kind=kind)
     return load_file(folder / "adapter_model.safetensors")
 
 

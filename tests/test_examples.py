@@ -20,6 +20,7 @@ from examples.demo.tasks import DATA, BaseModel, Task
 from examples.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask import MaskConfig, Masks
 from peft_mask.training import HEAD_LR
+from tests.processes import launch
 
 SPLITS = ("train", "test")
 
@@ -59,6 +60,17 @@ def test_script_learns_from_local_files(tiny_bert, tmp_path, capsys, write, endi
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     assert PeftModel.from_pretrained(base, out).get_base_model().classifier.original_module.out_features == 2
     assert len(Masks.load(out)) == 13  # six linear layers in each of two blocks, and the pooler
+
+
+@pytest.mark.slow
+def test_script_runs_on_several_processes_of_which_the_first_writes_and_prints(tiny_bert, tmp_path):
+    train, test = write_csv(tmp_path / "train.csv", ROWS), write_csv(tmp_path / "test.csv", ROWS[:7])
+    common = ["--model_name_or_path", tiny_bert, "--train_file", train, "--test_file", test]
+    common += ["--per_device_train_batch_size", "4", "--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true"]
+    printed = launch("examples/text_classification.py", *common, "--output_dir", str(tmp_path / "out"))
+    assert printed.count("\ntest accuracy ") == printed.count("bytes, head 264 bytes") == 1
+    assert json.loads((tmp_path / "out/labels.json").read_text()) == ["pet", "tree"]
+    assert Masks.load(tmp_path / "out").sparsity > 0
 
 
 def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_bert, tmp_path, capsys):
