@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from peft_mask import MaskConfig, Masks
@@ -10,40 +13,44 @@ from peft_mask.analysis import block, dissimilarity, flip_ratio, masks_of
 from peft_mask.analysis.plots import Line, plot_lines
 from reproduction.models import WAYS, Models
 from reproduction.scale import Scale
+from reproduction.seeds import bars, over_seeds
 
 TITLE = "Dissimilarity of masks by block"
 NOTE = (
     "s = |M1 - M2| / (|M1 - start| + |M2 - start|). The default starts with every weight kept; in the paper's setting "
     "both tasks start from the same random scores. Chance: the same numbers of flips at random places, among the "
     "weights that can flip at all: with the default a tenth of them; in the paper's setting those whose score starts "
-    "nearer to the threshold than the learning rate summed over the steps."
+    "nearer to the threshold than the learning rate summed over the steps. Means over pairs of trainings."
 )
-# recipe -> pairs of (task, seed). With another seed, trainings in the paper's setting start from other masks, and s
-# would count how these differ.
-PAIRS = {
-    "mask": {
-        "TREC and SST-2, seed 0": (("trec", 0), ("sst2", 0)),
-        "TREC and SST-2, seed 1": (("trec", 1), ("sst2", 1)),
-        "TREC, seeds 0 and 1": (("trec", 0), ("trec", 1)),
-        "SST-2, seeds 0 and 1": (("sst2", 0), ("sst2", 1)),
-    },
-    "paper": {"TREC and SST-2, seed 0": (("trec", 0), ("sst2", 0))},
-}
+
+
+def pairs(way: str, seeds: Sequence[int]) -> dict[str, list[tuple[tuple[str, int], tuple[str, int]]]]:
+    """Trainings to compare, as (task, seed), by what the two of a pair differ in."""
+    found = {"TREC and SST-2, one seed": [(("trec", seed), ("sst2", seed)) for seed in seeds]}
+    if way == "mask":
+        for task, title in (("trec", "TREC"), ("sst2", "SST-2")):
+            found[f"{title}, two seeds"] = [((task, one), (task, other)) for one, other in combinations(seeds, 2)]
+    # with another seed, trainings in the paper's setting start from other masks, and s would count how these differ
+    return {title: each for title, each in found.items() if each}
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
     rows = []
     for way in scale.recipes:
-        start = masks_of(models.untrained("trec", way, 0))
+        starts = {seed: masks_of(models.untrained("trec", way, seed)) for seed in scale.seeds}
+        masks = {
+            (task, seed): masks_of(models.trained(task, way, seed)) for task in ("trec", "sst2") for seed in scale.seeds
+        }
         share = _may_flip(models, way)
-        for title, ((first_task, first_seed), (second_task, second_seed)) in PAIRS[way].items():
-            first = masks_of(models.trained(first_task, way, first_seed))
-            second = masks_of(models.trained(second_task, way, second_seed))
-            chance = _chance(first, second, start, share)
-            for name, value in sorted(dissimilarity(first, second, start, by=block).items()):
-                row = {"recipe": way, "pair": title, "block": int(name)}
-                rows.append(row | {"dissimilarity": round(value, 4), "chance": round(chance[name], 4)})
-    return {"rows": rows}
+        for title, of_seeds in pairs(way, scale.seeds).items():
+            compared = [(masks[one], masks[other], starts[one[1]]) for one, other in of_seeds]
+            found = [dissimilarity(*each, by=block) for each in compared]
+            chances = [_chance(*each, share) for each in compared]
+            for name in sorted(found[0], key=int):
+                row = {"recipe": way, "pair": title, "pairs": len(of_seeds), "block": int(name)}
+                row |= over_seeds("dissimilarity", [values[name] for values in found])
+                rows.append(row | {"chance": round(mean(values[name] for values in chances), 4)})
+    return {"rows": rows, "seeds": len(scale.seeds)}
 
 
 def _may_flip(models: Models, way: str) -> float:
@@ -77,5 +84,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for pair in dict.fromkeys(row["pair"] for row in of):
             rows = [row for row in of if row["pair"] == pair]
             blocks = [row["block"] for row in rows]
-            lines[f"{words}: {pair}"] = Line(blocks, [row["dissimilarity"] for row in rows], dashed=recipe == "paper")
+            values = [row["dissimilarity"] for row in rows]
+            lines[f"{words}: {pair}"] = Line(blocks, values, dashed=recipe == "paper", error=bars(rows))
     plot_lines(path, lines, "block", "dissimilarity", TITLE)

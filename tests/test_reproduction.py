@@ -12,7 +12,19 @@ from benchmarks.accuracy import training
 from benchmarks.accuracy.tasks import TASKS
 from peft_mask.analysis import block, dissimilarity, effective_weights, masks_of
 from reproduction import __main__ as command
-from reproduction import ensembles, layers, line, reinitialized, representations, sentiment, sparsity
+from reproduction import (
+    controls,
+    curve,
+    ensembles,
+    layers,
+    line,
+    movement,
+    reinitialized,
+    representations,
+    sentiment,
+    sparsity,
+)
+from reproduction import dissimilarity as dissimilarity_study
 from reproduction.models import Models
 from reproduction.scale import Scale
 from reproduction.seeds import bars, over_seeds
@@ -66,7 +78,15 @@ def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path,
     assert [row["flipped"] is None for row in found["reinitialized"]["rows"]] == [True] * 5 + [False] * 5
     assert len(found["representations"]["points"]["masked"]) == 30
     assert [row["step"] for row in found["movement"]["rows"]] == [0, 1, 2]
-    assert {row["mask"] for row in found["controls"]["rows"]} >= {"learned", "shuffled, seed 0", "largest weights"}
+    assert {row["mask"] for row in found["controls"]["rows"]} >= {"learned", "shuffled", "largest weights"}
+    assert len(found["curve"]["barriers"]) == 2
+    pairs = {(row["recipe"], row["pair"]): row["pairs"] for row in found["dissimilarity"]["rows"]}
+    assert pairs == {
+        ("mask", "TREC and SST-2, one seed"): 2,
+        ("mask", "TREC, two seeds"): 1,
+        ("mask", "SST-2, two seeds"): 1,
+        ("paper", "TREC and SST-2, one seed"): 2,
+    }
     assert [row["variant"] for row in found["sparsity"]["rows"]] == ["1%", "3%", "5%", "10%", "50%", "95%"]
     five = next(row for row in found["sparsity"]["rows"] if row["variant"] == "5%")
     assert found["layers"]["rows"] == [five | {"variant": "all 1"}]
@@ -196,7 +216,14 @@ def test_an_ensemble_decides_in_the_way_that_is_best_on_dev(monkeypatch):
 
 def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeypatch):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path)
-    for study, ways in ((line, {"full", "mask"}), (representations, {"full", "mask", "paper"})):
+    studies = {
+        line: {"full", "mask"},
+        representations: {"full", "mask", "paper"},
+        controls: {"mask", "paper"},
+        curve: {"full", "mask"},
+        dissimilarity_study: {"mask", "paper"},
+    }
+    for study, ways in studies.items():
         seen = set()
 
         def trained(models, task, way, seed, seen=seen):
@@ -204,8 +231,28 @@ def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeyp
             return models.untrained(task, way, seed)
 
         monkeypatch.setattr(Models, "trained", trained)
-        study.run(models, Scale(rows=30, points=2, seeds=(3, 5)))
+        study.run(models, Scale(rows=30, points=2, curve_steps=2, seeds=(3, 5)))
         assert seen == {(way, seed) for way in ways for seed in (3, 5)}
+
+
+def test_a_control_has_the_head_that_its_mask_was_trained_with_and_pretrained_weights(data, model, tmp_path):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
+    trained = models.trained("sst2", "mask", 0)
+    pretrained = effective_weights(models.untrained("sst2", "full", 0))
+    found = effective_weights(controls.with_trained_head(models.untrained("sst2", "full", 0), trained))
+    head = {name for name in found if not torch.equal(found[name], pretrained[name])}
+    assert head == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(found[name], effective_weights(trained)[name]) for name in head)
+
+
+def test_movement_is_the_mean_over_seeds(data, model, tmp_path):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
+    both, *alone = (movement.run(models, Scale(every=1, seeds=seeds))["rows"] for seeds in ((0, 1), (0,), (1,)))
+    assert [row["step"] for row in both] == [0, 1, 2]
+    assert both[0]["iou_since"] is both[0]["deviation"] is None
+    overlaps = [rows[2]["iou_since"] for rows in alone]
+    assert both[2]["iou_since"] == pytest.approx(sum(overlaps) / 2, abs=1e-4)
+    assert both[2]["deviation"] == pytest.approx(abs(overlaps[0] - overlaps[1]) / 2**0.5, abs=1e-4)
 
 
 def test_figures_of_one_seed_have_no_bars():
