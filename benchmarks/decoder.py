@@ -57,9 +57,10 @@ def lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
 
 
-def grow(model: Any, progress: float) -> None:
-    """Let the budget of a mask grow over the first half of the training."""
-    spend_budget(model, SparsitySchedule("linear", end=0.5).share(progress))
+def growing(end: float) -> Callable[[Any, float], None]:
+    """Let the budget of a mask grow up to this fraction of the training."""
+    schedule = SparsitySchedule("linear", end=end)
+    return lambda model, progress: spend_budget(model, schedule.share(progress))
 
 
 def mask(before_step: Callable[[Any, float], None] = lambda model, progress: None, **fields: Any) -> Method:
@@ -72,11 +73,13 @@ def mask(before_step: Callable[[Any, float], None] = lambda model, progress: Non
 
 METHODS = {
     "mask": mask(),
-    "mask, growing": mask(grow),
+    "mask, growing": mask(growing(0.5)),
+    "mask, growing over a fifth": mask(growing(0.2)),
     "LoRA r=8": Method(lora, adamw, (1e-3, 3e-3, 1e-2)),
     "full fine-tuning": Method(lambda model: model, adamw, (1e-4, 3e-4, 1e-3)),
     "mask, 2 % off": mask(target_sparsity=0.02),
-    "mask, 2 % off, growing": mask(grow, target_sparsity=0.02),
+    "mask, 2 % off, growing": mask(growing(0.5), target_sparsity=0.02),
+    "mask, 2 % off, growing over a fifth": mask(growing(0.2), target_sparsity=0.02),
     "mask, 0.17 % off": mask(target_sparsity=0.0017),
 }
 
