@@ -13,8 +13,8 @@ class SparsitySchedule:
     """Let the budget of `binarizer="topk"` grow from nothing, as gradual pruning does, instead of spending it at once.
 
     The first votes are worth little, and half a million weights switched off on their account hurt: the more so the
-    larger the budget and the model (docs/experiments.md). `MaskCallback(schedule=...)` follows one in `Trainer`; a loop
-    of one's own calls `spend_budget(model, schedule.share(step / steps))` before each step.
+    larger the budget and the model (docs/experiments.md). `MaskCallback` follows one in `Trainer`, by default
+    `DEFAULT_SCHEDULE`; a loop of one's own calls `spend_budget(model, schedule.share(step / steps))` before each step.
 
     Args:
         kind: `"linear"`; `"cubic"`, fast at first and slow at the end: `1 - (1 - t)^3`; or `"stepwise"`, in `stages`
@@ -57,3 +57,7 @@ class SparsitySchedule:
         if self.kind == "stepwise":
             return int(t * self.stages) / self.stages
         return t
+
+
+# On encoders as good as the whole budget at once, on a decoder better (docs/experiments.md).
+DEFAULT_SCHEDULE = SparsitySchedule("linear", end=0.2)

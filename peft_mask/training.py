@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -20,7 +20,7 @@ from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
 from peft_mask.packing import count_zeros, entropy_bits, zero_positions
-from peft_mask.schedule import SparsitySchedule
+from peft_mask.schedule import DEFAULT_SCHEDULE, SparsitySchedule
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -93,10 +93,17 @@ class MaskStatistics:
 
     Args:
         model: a model with masks to train; its masks now are what flips are counted against.
+
+    Attributes:
+        zeros_at_start: how many weights these switch off.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._start = {name: layer.packed_mask(adapter) for name, layer, adapter in trained_scores(model)}
+        self._start = {}
+        self.zeros_at_start = 0
+        for name, layer, adapter in trained_scores(model):
+            self._start[name] = packed = layer.packed_mask(adapter)
+            self.zeros_at_start += count_zeros(packed, layer.mask_shape)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the figures of `model` now, over all masks in training.
@@ -226,14 +233,15 @@ class MaskCallback(TrainerCallback):
     A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `fill_budget` brings a file to the bytes
     it was promised; custom loops call these. With it, `resume_from_checkpoint` and `load_best_model_at_end` go on from
     the very scores, and a resumed training ends as if it had never stopped. Hand it to `Trainer(callbacks=[...])`:
-    added later, it counts flips from the checkpoint. The adapter saved after training holds masks only, and so does
-    what `hub_strategy="every_save"` uploads. The strategies "checkpoint" and "all_checkpoints" upload checkpoints to
-    resume from elsewhere, which takes the scores.
+    added later, it counts flips from the checkpoint, and takes it that training had started with every weight kept. The
+    adapter saved after training holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies
+    "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
 
     Args:
-        schedule: lets the budget grow; by default it is spent whole from the first step on. What is evaluated or saved
-            before `schedule.end` has fewer zeros than the budget, and keeps them so if `load_best_model_at_end` chooses
-            it or the training ends there.
+        schedule: lets the budget grow; None: it is spent whole from the first step on. "auto": it grows in a line over
+            the first fifth of the training if that starts with every weight kept, as with new masks; masks that have
+            zeros keep them. What is evaluated or saved before `schedule.end` has fewer zeros than the budget, and keeps
+            them so if `load_best_model_at_end` chooses it or the training ends there.
         before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
             as `SparsityPenalty` and `GradientDropout`.
         after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
@@ -244,11 +252,14 @@ class MaskCallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: SparsitySchedule | None = None,
+        schedule: SparsitySchedule | Literal["auto"] | None = "auto",
         before_step: Sequence[Callable[[nn.Module], object]] = (),
         after_step: Sequence[Callable[[nn.Module], object]] = (),
     ) -> None:
-        self._schedule = schedule
+        if not (schedule is None or schedule == "auto" or isinstance(schedule, SparsitySchedule)):
+            raise ValueError(f'schedule must be a SparsitySchedule, "auto" or None, got {schedule!r}.')
+        self._chosen = schedule
+        self._schedule = None if schedule == "auto" else schedule  # what is followed; of "auto" training decides
         self._before_step, self._after_step = tuple(before_step), tuple(after_step)
         self._started_from: MaskStatistics | None = None
         self._statistics: MaskStatistics | None = None  # in training
@@ -266,9 +277,11 @@ class MaskCallback(TrainerCallback):
                 'hub_strategy="every_save" would upload the scores in the checkpoints: this transformers asks no '
                 'callback before it does. Set hub_strategy="end", or use transformers 5.'
             )
-        resumed = state.global_step > 0 and self._started_from is not None
-        self._statistics = self._started_from if resumed else MaskStatistics(kwargs["model"])
-        self._started_from = self._statistics
+        started_from = self._started_from if state.global_step > 0 else None
+        self._statistics = self._started_from = started_from or MaskStatistics(kwargs["model"])
+        if self._chosen == "auto":
+            from_new = self._statistics.zeros_at_start == 0 or (state.global_step > 0 and started_from is None)
+            self._schedule = DEFAULT_SCHEDULE if from_new else None
         keep_scores(kwargs["model"])
 
     def on_step_begin(

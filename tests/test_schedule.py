@@ -113,6 +113,59 @@ def test_a_callback_follows_its_schedule_through_a_resume(tmp_path):
     assert zeros(again) == zeros(model)
 
 
+def random_masks():
+    return masked_bert(target_sparsity=0.05, init_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("start", "schedule", "shares"),
+    [
+        (lambda: masked_bert(target_sparsity=0.05), {}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
+        (lambda: masked_bert(target_sparsity=0.05), {"schedule": None}, [1] * 5),
+        (random_masks, {}, [1] * 5),  # which have zeros to lose
+        (random_masks, {"schedule": SparsitySchedule("linear", end=0.2)}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
+    ],
+    ids=["new", "new, at once", "from a mask", "from a mask, asked to grow"],
+)
+def test_by_default_the_budget_of_a_new_mask_grows_over_a_fifth_of_the_training(tmp_path, start, schedule, shares):
+    watch, model = Watch(), start()
+    whole, steps = budget(model), {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
+    trainer(model, tmp_path, MaskCallback(**schedule), watch, **steps).train()
+    assert watch.seen[:5] == pytest.approx([whole * share for share in shares], abs=len(zeros(model)))
+    assert watch.seen[5:] == [whole] * 15
+
+    resumed, again = Watch(), start()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    trainer(again, tmp_path, MaskCallback(**schedule), resumed, **steps).train(resume_from_checkpoint=checkpoint)
+    assert resumed.seen == watch.seen[2:]
+    assert bits_of(again) == bits_of(model)
+
+
+def test_a_callback_that_is_added_later_resumes_as_from_new_masks(tmp_path):
+    watch, steps = Watch(), {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
+    trainer(masked_bert(target_sparsity=0.05), tmp_path, MaskCallback(), watch, **steps).train()
+    late = Watch()
+    again = trainer(masked_bert(target_sparsity=0.05), tmp_path, late, **steps)
+    again.add_callback(MaskCallback())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert late.seen == watch.seen[2:]
+
+
+def test_a_second_training_of_a_mask_does_not_let_it_grow_anew(tmp_path):
+    watch, model = Watch(), masked_bert(target_sparsity=0.05)
+    twice = trainer(model, tmp_path, MaskCallback(), watch, max_steps=10)
+    twice.train()
+    assert watch.seen[0] < watch.seen[-1] == budget(model)
+    watch.seen.clear()
+    twice.train()
+    assert watch.seen == [budget(model)] * 10
+
+
+def test_a_schedule_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"""schedule must be a SparsitySchedule, "auto" or None, got 'linear'."""):
+        MaskCallback("linear")
+
+
 def bits_of(model):
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskLayer)}
     return {name: layer.packed_mask("default").tolist() for name, layer in layers.items()}

@@ -18,10 +18,12 @@ from torch.optim import AdamW, Optimizer
 from benchmarks.accuracy.probe import Probe
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.training import Method
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, create_mask_optimizer, spend_budget
+from peft_mask.schedule import DEFAULT_SCHEDULE
 
 HEAD_LR = 5e-3
 STEPS_NOTE = "sign steps that shrink with the gradient"
+GROWING_NOTE = "MaskConfig(), the budget grows over the first fifth, as with MaskCallback()"
 HEAD_NOTE = f"the head learns at {HEAD_LR:g}"
 
 
@@ -49,6 +51,11 @@ def mask(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
         return get_peft_model(model, MaskConfig(task_type=task_type, **fields))
 
     return build
+
+
+def grow(model: nn.Module, progress: float) -> None:
+    """Let the budget of a mask grow as `MaskCallback` does."""
+    spend_budget(model, DEFAULT_SCHEDULE.share(progress))
 
 
 def smaller_mask(sparsity: float) -> Method:
@@ -92,6 +99,7 @@ METHODS: dict[str, Method | Probe] = {
     for method in (
         # one rate, any rate: with a budget only the order of the scores matters
         Method("mask", f"MaskConfig(), {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
+        Method("mask-growing", f"{GROWING_NOTE}, {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,), grow),
         *map(smaller_mask, (0.0017, 0.0007)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         *map(lora_row, (16, 8, 4, 2, 1)),

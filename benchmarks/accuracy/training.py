@@ -27,8 +27,9 @@ from peft_mask.training import MaskStatistics
 class Method:
     """A row of the table of methods: how a base model becomes trainable, and the rates among which dev chooses.
 
-    `build(model, task_type)` returns the model to train, `optimizer(model, lr)` its optimizer. `note` says in words
-    what the functions do; it is recorded with each result, and a result with another note is refused.
+    `build(model, task_type)` returns the model to train, `optimizer(model, lr)` its optimizer, `before_step(model,
+    progress)` is called before each step, with progress from 0 to 1. `note` says in words what the functions do; it is
+    recorded with each result, and a result with another note is refused.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     build: Callable[[nn.Module, str], nn.Module]
     optimizer: Callable[[nn.Module, float], Optimizer]
     lrs: tuple[float, ...]
+    before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def train(
     model.train()
     watch(0, model)
     for indices in training_batches(rows, seed, steps, setting.batch_size):
+        method.before_step(model, len(losses) / steps)
         loss = model(**rows.batch(indices)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), setting.clip)
