@@ -204,9 +204,9 @@ def spend_budget(model: nn.Module, share: float) -> None:
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be from 0 to 1, got {share!r}.")
-    configs: Any = model.peft_config
     for _, layer, adapter_name in trained_scores(model):
         if layer.has_budget(adapter_name):
+            configs: Any = model.peft_config
             layer.set_sparsity(adapter_name, share * configs[adapter_name].target_sparsity)
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, keep_scores, spend_budget
 from peft_mask.layer import MaskLayer
 from peft_mask.state import adapter_bytes
-from tests.test_training import STEPS, masked_bert, trainer
+from tests.test_training import STEPS, masked_bert, rows, trainer
+from tests.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,17 @@ def test_a_second_training_of_a_mask_does_not_let_it_grow_anew(tmp_path):
     watch.seen.clear()
     twice.train()
     assert watch.seen == [budget(model)] * 10
+
+
+def test_a_model_without_masks_trains_with_the_callback(tmp_path):
+    model = tiny_model("bert")
+    plain = Trainer(
+        model,
+        TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True),
+        train_dataset=rows(),
+        callbacks=[MaskCallback()],
+    )
+    assert plain.train().global_step == 2
 
 
 def test_a_schedule_that_is_none_is_refused():
