@@ -20,7 +20,7 @@ from peft_mask.layer import MaskLayer
 from peft_mask.model import MaskModel
 from peft_mask.optim import SignAdamW
 from peft_mask.packing import count_zeros, entropy_bits, zero_positions
-from peft_mask.schedule import DEFAULT_SCHEDULE, SparsitySchedule
+from peft_mask.schedule import SparsitySchedule
 from peft_mask.state import keep_scores
 
 # Recommended learning rates; how they were found stands in docs/training.md.
@@ -196,7 +196,7 @@ def spend_budget(model: nn.Module, share: float) -> None:
     `MaskCallback(schedule=...)` calls this before each step; a custom loop calls it with `SparsitySchedule.share`.
 
     Args:
-        model: a PEFT model, or a transformers model with adapters, with masks to train.
+        model: a PEFT model, a transformers model with adapters, or one that contains it, with masks to train.
         share: from 0, one weight of each matrix, to 1, all of it. Adapters without a budget are left alone.
 
     Raises:
@@ -204,10 +204,8 @@ def spend_budget(model: nn.Module, share: float) -> None:
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be from 0 to 1, got {share!r}.")
-    for _, layer, adapter_name in trained_scores(model):
-        if layer.has_budget(adapter_name):
-            configs: Any = model.peft_config
-            layer.set_sparsity(adapter_name, share * configs[adapter_name].target_sparsity)
+    for layer, adapter_name, sparsity in _budgets(model):
+        layer.set_sparsity(adapter_name, share * sparsity)
 
 
 def fill_budget(model: nn.Module) -> None:
@@ -238,8 +236,8 @@ class MaskCallback(TrainerCallback):
     "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
 
     Args:
-        schedule: lets the budget grow; None: it is spent whole from the first step on. "auto": it grows in a line over
-            the first fifth of the training if that starts with every weight kept, as with new masks; masks that have
+        schedule: lets the budget grow; None: it is spent whole from the first step on. "auto": it grows as
+            `SparsitySchedule.gentle` says if training starts with every weight kept, as with new masks; masks that have
             zeros keep them. What is evaluated or saved before `schedule.end` has fewer zeros than the budget, and keeps
             them so if `load_best_model_at_end` chooses it or the training ends there.
         before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
@@ -281,7 +279,8 @@ class MaskCallback(TrainerCallback):
         self._statistics = self._started_from = started_from or MaskStatistics(kwargs["model"])
         if self._chosen == "auto":
             from_new = self._statistics.zeros_at_start == 0 or (state.global_step > 0 and started_from is None)
-            self._schedule = DEFAULT_SCHEDULE if from_new else None
+            budget = max((sparsity for *_, sparsity in _budgets(kwargs["model"])), default=0.0)
+            self._schedule = SparsitySchedule.gentle(budget, state.max_steps) if from_new else None
         keep_scores(kwargs["model"])
 
     def on_step_begin(
@@ -335,6 +334,18 @@ class MaskCallback(TrainerCallback):
             spend_budget(kwargs["model"], share)
         if share == 1.0:
             fill_budget(kwargs["model"])
+
+
+def _budgets(model: nn.Module) -> list[tuple[MaskLayer, str, float]]:
+    """Return the layers of adapters in training that have a budget, the adapter's name and the sparsity it aims at."""
+    configs: dict[str, Any] = {}
+    for module in model.modules():  # the adapted model may lie inside, as in a SentenceTransformer
+        configs |= getattr(module, "peft_config", None) or {}
+    return [
+        (layer, adapter_name, configs[adapter_name].target_sparsity)
+        for _, layer, adapter_name in trained_scores(model)
+        if layer.has_budget(adapter_name)
+    ]
 
 
 def _progress_kept(args: TrainingArguments, state: TrainerState) -> float:

@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from examples.script import OptimizerTrainer
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 from peft_mask.sharded import is_taken_away
 from tests.processes import leave
@@ -48,15 +49,6 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-class MaskTrainer(Trainer):
-    """Under FSDP, Trainer takes no optimizer from outside."""
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.optimizer = create_mask_optimizer(self.model)
-        return self.optimizer
-
-
 def main(folder: Path, stop: int, dtype: str) -> None:
     torch.set_num_threads(1)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -83,7 +75,8 @@ def main(folder: Path, stop: int, dtype: str) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = MaskTrainer(
+    trainer = OptimizerTrainer(
+        create_mask_optimizer,
         model=model,
         args=arguments,
         train_dataset=rows,

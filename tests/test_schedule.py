@@ -114,6 +114,19 @@ def test_a_callback_follows_its_schedule_through_a_resume(tmp_path):
     assert zeros(again) == zeros(model)
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "steps", "end"),
+    [(0.005, 10_000, 0.2), (0.005, 100, 0.2), (0.005, 50, 0.4), (0.005, 10, 0.5), (0.02, 400, 0.2), (0.02, 100, 0.5)],
+)
+def test_gently_a_half_per_cent_takes_twenty_steps_or_a_fifth_of_the_training(sparsity, steps, end):
+    schedule = SparsitySchedule.gentle(sparsity, steps)
+    assert (schedule.kind, schedule.begin, schedule.end) == ("linear", 0, pytest.approx(end))
+
+
+def new_masks():
+    return masked_bert(target_sparsity=0.05)
+
+
 def random_masks():
     return masked_bert(target_sparsity=0.05, init_weights=False)
 
@@ -121,19 +134,19 @@ def random_masks():
 @pytest.mark.parametrize(
     ("start", "schedule", "shares"),
     [
-        (lambda: masked_bert(target_sparsity=0.05), {}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
-        (lambda: masked_bert(target_sparsity=0.05), {"schedule": None}, [1] * 5),
+        (new_masks, {}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
+        (new_masks, {"schedule": None}, [1] * 5),
         (random_masks, {}, [1] * 5),  # which have zeros to lose
-        (random_masks, {"schedule": SparsitySchedule("linear", end=0.2)}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
+        (random_masks, {"schedule": SparsitySchedule("linear", end=0.5)}, [0, 1 / 4, 1 / 2, 3 / 4, 1]),
     ],
     ids=["new", "new, at once", "from a mask", "from a mask, asked to grow"],
 )
-def test_by_default_the_budget_of_a_new_mask_grows_over_a_fifth_of_the_training(tmp_path, start, schedule, shares):
+def test_by_default_the_budget_of_a_new_mask_grows_gently(tmp_path, start, schedule, shares):
     watch, model = Watch(), start()
-    whole, steps = budget(model), {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
+    whole, steps = budget(model), {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
     trainer(model, tmp_path, MaskCallback(**schedule), watch, **steps).train()
     assert watch.seen[:5] == pytest.approx([whole * share for share in shares], abs=len(zeros(model)))
-    assert watch.seen[5:] == [whole] * 15
+    assert watch.seen[5:] == [whole] * 3
 
     resumed, again = Watch(), start()
     checkpoint = str(tmp_path / "checkpoint-2")
@@ -143,17 +156,17 @@ def test_by_default_the_budget_of_a_new_mask_grows_over_a_fifth_of_the_training(
 
 
 def test_a_callback_that_is_added_later_resumes_as_from_new_masks(tmp_path):
-    watch, steps = Watch(), {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
-    trainer(masked_bert(target_sparsity=0.05), tmp_path, MaskCallback(), watch, **steps).train()
+    watch, steps = Watch(), {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    trainer(new_masks(), tmp_path, MaskCallback(), watch, **steps).train()
     late = Watch()
-    again = trainer(masked_bert(target_sparsity=0.05), tmp_path, late, **steps)
+    again = trainer(new_masks(), tmp_path, late, **steps)
     again.add_callback(MaskCallback())
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert late.seen == watch.seen[2:]
 
 
 def test_a_second_training_of_a_mask_does_not_let_it_grow_anew(tmp_path):
-    watch, model = Watch(), masked_bert(target_sparsity=0.05)
+    watch, model = Watch(), new_masks()
     twice = trainer(model, tmp_path, MaskCallback(), watch, max_steps=10)
     twice.train()
     assert watch.seen[0] < watch.seen[-1] == budget(model)

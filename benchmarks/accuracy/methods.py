@@ -18,8 +18,7 @@ from torch.optim import AdamW, Optimizer
 from benchmarks.accuracy.probe import Probe
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.training import Method
-from peft_mask import MaskConfig, create_mask_optimizer, spend_budget
-from peft_mask.schedule import DEFAULT_SCHEDULE
+from peft_mask import MaskConfig, SparsitySchedule, create_mask_optimizer, spend_budget
 
 HEAD_LR = 5e-3
 STEPS_NOTE = "sign steps that shrink with the gradient"
@@ -54,8 +53,8 @@ def mask(**fields: Any) -> Callable[[nn.Module, str], nn.Module]:
 
 
 def grow(model: nn.Module, progress: float) -> None:
-    """Let the budget of a mask grow as `MaskCallback` does."""
-    spend_budget(model, DEFAULT_SCHEDULE.share(progress))
+    """Let the budget of a mask grow as `MaskCallback` does in 100 and more steps."""
+    spend_budget(model, SparsitySchedule("linear", end=0.2).share(progress))
 
 
 def smaller_mask(sparsity: float) -> Method:
