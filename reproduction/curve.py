@@ -18,7 +18,7 @@ TITLE = "A curve with three bends between minima: SST-2, development accuracy"
 NOTE = (
     "The bends are trained with Adam, one random point of the curve a batch of 32. Barriers and losses for each seed."
 )
-BENDS, LR = 3, 1e-5
+BENDS, LR = 3, 1e-4
 
 
 def run(models: Models, scale: Scale) -> dict[str, Any]:
