@@ -15,11 +15,12 @@ from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig,
 from benchmarks import long
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import probe, report, runs, tasks, training
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, mask
 from benchmarks.accuracy.model import model_class
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
 from benchmarks.accuracy.training import Method, Setting
+from peft_mask.layer import MaskLayer
 
 WORDS = ["red", "green", "blue", "runs", "sleeps", "un", "##happy", "the", "a"]
 STEPS = 3
@@ -260,6 +261,22 @@ def test_a_run_can_be_watched(setting: Setting) -> None:
     first = training.untrained(TASKS["trec"], method, 0, setting).classifier.weight
     assert torch.equal(seen[0][1], first), "before the first step"
     assert all(not torch.equal(a, b) for (_, a), (_, b) in pairwise(seen)), "after each"
+
+
+def test_a_method_says_what_happens_before_each_step(setting: Setting) -> None:
+    method, seen = METHODS["mask-growing"], []
+    assert isinstance(method, Method)
+
+    def grow(model: torch.nn.Module, progress: float) -> None:
+        method.before_step(model, progress)
+        seen.append((progress, sum(m.rule("default").zeros for m in model.modules() if isinstance(m, MaskLayer))))
+
+    watched = replace(method, build=mask(target_sparsity=0.1), before_step=grow)  # enough of such small matrices
+    training.train(TASKS["trec"], watched, 5e-4, 0, 10, setting)
+    assert [progress for progress, _ in seen] == [step / 10 for step in range(10)]
+    budgets = [budget for _, budget in seen]
+    assert budgets[0] < budgets[1] < budgets[2]
+    assert set(budgets[2:]) == {budgets[2]}, "whole after a fifth"
 
 
 def test_a_long_training_is_followed_along_the_way(
