@@ -264,7 +264,7 @@ def test_a_run_can_be_watched(setting: Setting) -> None:
 
 
 def test_a_method_says_what_happens_before_each_step(setting: Setting) -> None:
-    method, seen = METHODS["mask-growing"], []
+    method, seen = METHODS["growing-mask"], []
     assert isinstance(method, Method)
 
     def grow(model: torch.nn.Module, progress: float) -> None:
