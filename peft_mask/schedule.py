@@ -66,7 +66,7 @@ class SparsitySchedule:
         >>> SparsitySchedule.gentle(0.005, steps=1000).end, SparsitySchedule.gentle(0.02, steps=200).end
         (0.2, 0.4)
         """
-        return cls("linear", end=min(max(0.2, STEPS_PER_SPARSITY * sparsity / steps), 0.5))
+        return cls("linear", end=min(max(0.2, STEPS_PER_SPARSITY * sparsity / max(steps, 1)), 0.5))
 
     def share(self, progress: float) -> float:
         """Return the share of the budget, from 0 to 1, that may be spent after a fraction of the training."""
