@@ -10,6 +10,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
+from peft_mask.callback import MaskCallback
 from peft_mask.card import update_model_card
 from peft_mask.config import MaskConfig, MaskType
 from peft_mask.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
@@ -21,7 +22,6 @@ from peft_mask.optim import SignAdamW
 from peft_mask.schedule import SparsitySchedule
 from peft_mask.state import keep_scores
 from peft_mask.training import (
-    MaskCallback,
     MaskStatistics,
     create_mask_optimizer,
     fill_budget,

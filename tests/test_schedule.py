@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, keep_scores, spend_budget
+from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, callback, keep_scores, spend_budget
 from peft_mask.layer import MaskLayer
 from peft_mask.state import adapter_bytes
 from tests.test_training import STEPS, masked_bert, rows, trainer
@@ -153,6 +153,13 @@ def test_by_default_the_budget_of_a_new_mask_grows_gently(tmp_path, start, sched
     trainer(again, tmp_path, MaskCallback(**schedule), resumed, **steps).train(resume_from_checkpoint=checkpoint)
     assert resumed.seen == watch.seen[2:]
     assert bits_of(again) == bits_of(model)
+
+
+def test_when_all_is_spent_no_step_sets_budgets(tmp_path, monkeypatch):
+    shares, spend = [], callback.spend_budget
+    monkeypatch.setattr(callback, "spend_budget", lambda model, share: [shares.append(share), spend(model, share)])
+    trainer(new_masks(), tmp_path, MaskCallback(), max_steps=8).train()
+    assert shares == [0, 1 / 4, 1 / 2, 3 / 4, 1, 1], "and at the end"
 
 
 def test_a_callback_that_is_added_later_resumes_as_from_new_masks(tmp_path):
