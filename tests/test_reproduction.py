@@ -245,12 +245,29 @@ def test_a_control_has_the_head_that_its_mask_was_trained_with_and_pretrained_we
     assert all(torch.equal(found[name], effective_weights(trained)[name]) for name in head)
 
 
+def test_every_seed_has_its_own_draws_and_starts(data, model, tmp_path, monkeypatch):  # noqa: F811
+    models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
+    drawn, batches, started = [], [], []
+    monkeypatch.setattr(controls, "shuffled", lambda masks, seed, *among: drawn.append(seed) or masks)
+    monkeypatch.setattr(curve, "training_batches", lambda rows, seed, *more: batches.append(seed) or [[0, 1]])
+    real = dissimilarity_study.dissimilarity
+    monkeypatch.setattr(
+        dissimilarity_study, "dissimilarity", lambda *masks, by: started.append(masks[2]) or real(*masks, by=by)
+    )
+    for study in (controls, curve, dissimilarity_study):
+        study.run(models, Scale(recipes=("paper",), rows=30, points=2, curve_steps=1, seeds=(3, 5)))
+    assert drawn == [3, 5]
+    assert batches == [3, 5]
+    assert started == [masks_of(models.untrained("trec", "paper", seed)) for seed in (3, 5)]
+
+
 def test_movement_is_the_mean_over_seeds(data, model, tmp_path):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     both, *alone = (movement.run(models, Scale(every=1, seeds=seeds))["rows"] for seeds in ((0, 1), (0,), (1,)))
     assert [row["step"] for row in both] == [0, 1, 2]
     assert both[0]["iou_since"] is both[0]["deviation"] is None
     overlaps = [rows[2]["iou_since"] for rows in alone]
+    assert overlaps[0] != overlaps[1]
     assert both[2]["iou_since"] == pytest.approx(sum(overlaps) / 2, abs=1e-4)
     assert both[2]["deviation"] == pytest.approx(abs(overlaps[0] - overlaps[1]) / 2**0.5, abs=1e-4)
 

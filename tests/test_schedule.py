@@ -193,6 +193,15 @@ def test_a_model_without_masks_trains_with_the_callback(tmp_path):
     assert plain.train().global_step == 2
 
 
+def test_a_schedule_is_followed_in_a_second_training_too(tmp_path):
+    watch, model = Watch(), new_masks()
+    twice = trainer(model, tmp_path, MaskCallback(SparsitySchedule("stepwise", end=1.0, stages=1)), watch, max_steps=2)
+    for _ in range(2):
+        twice.train()  # which starts at the share that the one before left, and ends with all
+    assert watch.seen[:2] == watch.seen[2:] == [len(zeros(model))] * 2
+    assert budget(model) > len(zeros(model))
+
+
 def test_a_schedule_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"""schedule must be a SparsitySchedule, "auto" or None, got 'linear'."""):
         MaskCallback("linear")
