@@ -52,7 +52,7 @@ TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner.", "peft.tuners.tuners_utils:
 CONFIG, BUFFERS, CALLBACK = "peft:PeftConfig.", "peft.tuners._buffer_dict:BufferDict.", "transformers:TrainerCallback."
 MODEL, MASK_LAYER = "peft_mask.model:MaskModel", "peft_mask.layer:MaskLayer"
 PARAMETER_LAYER = "peft_mask.stand_in:ParamWrapper"
-MASK_CALLBACK = "peft_mask.training:MaskCallback"
+MASK_CALLBACK = "peft_mask.callback:MaskCallback"
 
 HOOKS = [
     # registering
