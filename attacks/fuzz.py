@@ -22,10 +22,10 @@ from torch import Tensor
 
 from attacks.forge import as_tensor, join, seal, split
 from peft_mask import Masks, record
-from peft_mask.coding import BLOCK
-from peft_mask.fingerprint import fingerprint_of
-from peft_mask.mask_file import read_masks
-from peft_mask.packing import pack_bits, unpack_bits
+from peft_mask.format.coding import BLOCK
+from peft_mask.format.fingerprint import fingerprint_of
+from peft_mask.format.mask_file import read_masks
+from peft_mask.format.packing import pack_bits, unpack_bits
 
 SHAPES = ((40, 50), (30, 33), (7, 23), (1, 1), (0, 4), (200,), (4, 3, 5, 5), (64, 64), (3, 1000))
 SPARSITIES = (0.0, 0.004, 0.03, 0.3, 0.5, 0.97, 1.0)

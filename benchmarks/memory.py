@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.harness import report, table
 from peft_mask import MaskConfig, training_memory
-from peft_mask.memory import saved_bytes
+from peft_mask.training.memory import saved_bytes
 
 LLAMA_1B = {
     "hidden_size": 2048,

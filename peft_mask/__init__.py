@@ -10,25 +10,25 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from peft_mask.callback import MaskCallback
-from peft_mask.card import update_model_card
-from peft_mask.config import MaskConfig, MaskType
-from peft_mask.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
-from peft_mask.hotswap import hotswap_adapter
-from peft_mask.masks import Masks
-from peft_mask.memory import TrainingMemory, training_memory
-from peft_mask.model import MaskModel
-from peft_mask.optim import SignAdamW
-from peft_mask.schedule import SparsitySchedule
-from peft_mask.state import keep_scores
-from peft_mask.training import (
+from peft_mask.format.masks import Masks
+from peft_mask.model.hotswap import hotswap_adapter
+from peft_mask.model.mask_model import MaskModel
+from peft_mask.model.state import keep_scores
+from peft_mask.settings.card import update_model_card
+from peft_mask.settings.config import MaskConfig, MaskType
+from peft_mask.training.callback import MaskCallback
+from peft_mask.training.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
+from peft_mask.training.memory import TrainingMemory, training_memory
+from peft_mask.training.schedule import SparsitySchedule
+from peft_mask.training.sign_adamw import SignAdamW
+from peft_mask.training.training import (
     MaskStatistics,
     create_mask_optimizer,
     fill_budget,
     saliency_candidates,
     spend_budget,
 )
-from peft_mask.tuning import hold_zeros
+from peft_mask.training.tuning import hold_zeros
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,7 @@ from peft_mask.analysis import (
     write_weights,
 )
 from peft_mask.analysis.plots import plot_dots
-from peft_mask.candidates import choose_candidates
+from peft_mask.scores.candidates import choose_candidates
 from reproduction.models import Models
 from reproduction.scale import Scale
 from reproduction.seeds import over_seeds

@@ -41,7 +41,7 @@ from examples.script import FILE_TYPES, ScriptArguments, load_splits, score, tra
 from examples.text_classification import TextArguments
 from examples.token_classification import TagArguments
 from peft_mask import MaskConfig, create_mask_optimizer
-from peft_mask.training import MaskStatistics
+from peft_mask.training.training import MaskStatistics
 
 FIRST_BLOCK = 2  # the lowest that is masked, of BERT's and RoBERTa's twelve and of DistilBERT's six
 PATIENCE = 2  # epochs without a better evaluation

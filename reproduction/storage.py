@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from peft_mask import MaskConfig
 from peft_mask.analysis import paper_config, storage
 from peft_mask.analysis.plots import Line, plot_lines
-from peft_mask.config import DEFAULT_SPARSITY
+from peft_mask.settings.config import DEFAULT_SPARSITY
 from reproduction.models import Models
 from reproduction.scale import Scale
 

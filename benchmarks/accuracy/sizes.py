@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from peft_mask.packing import entropy_bits
-from peft_mask.record import read_record
+from peft_mask.format.packing import entropy_bits
+from peft_mask.format.record import read_record
 
 HEADS = ("classifier", "score")  # names of the task heads of transformers' classification models
 

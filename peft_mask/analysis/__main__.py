@@ -22,9 +22,9 @@ from peft_mask.analysis.controls import magnitude_masks, shuffled
 from peft_mask.analysis.similarity import block, dissimilarity, each, iou, movement, whole
 from peft_mask.analysis.storage import paper_config, storage
 from peft_mask.analysis.tables import markdown
-from peft_mask.config import DEFAULT_SPARSITY, MaskConfig
-from peft_mask.masks import Masks
-from peft_mask.state import BITS, FOR_TRAINING
+from peft_mask.format.masks import Masks
+from peft_mask.model.state import BITS, FOR_TRAINING
+from peft_mask.settings.config import DEFAULT_SPARSITY, MaskConfig
 
 _GROUPS = {"matrix": each, "block": block, "all": whole}
 

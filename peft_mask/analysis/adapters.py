@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_mask.mask_file import weight_of
-from peft_mask.masks import Masks
-from peft_mask.state import layers_of_adapter
+from peft_mask.format.mask_file import weight_of
+from peft_mask.format.masks import Masks
+from peft_mask.model.state import layers_of_adapter
 
 
 def masks_of(model: nn.Module, adapter_name: str = "default") -> Masks:

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peft_mask.budget import budget_zeros
-from peft_mask.mask_file import weight_of
-from peft_mask.masks import Masks
-from peft_mask.order import lowest
+from peft_mask.format.mask_file import weight_of
+from peft_mask.format.masks import Masks
+from peft_mask.scores.budget import budget_zeros
+from peft_mask.scores.order import lowest
 
 Part = Literal["embeddings", "attention", "intermediate", "output", "pooler", "classifier"]
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_mask.analysis.evaluation import Batch, logits_of, share_right
-from peft_mask.layer import MaskLayer
-from peft_mask.model import MaskModel
+from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.mask_model import MaskModel
 
 Vote = Literal["labels", "logits", "probabilities"]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
-from peft_mask.masks import Masks
+from peft_mask.format.masks import Masks
 
 Group = Callable[[str], str]
 

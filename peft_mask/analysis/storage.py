@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_mask.budget import expected_bytes
-from peft_mask.config import MaskConfig
-from peft_mask.packing import bits_shape
-from peft_mask.targets import checked_shapes, resolve_targets
+from peft_mask.format.packing import bits_shape
+from peft_mask.model.targets import checked_shapes, resolve_targets
+from peft_mask.scores.budget import expected_bytes
+from peft_mask.settings.config import MaskConfig
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_mask import MaskConfig
-from peft_mask.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.masks import Masks
-from peft_mask.packing import pack_bits
-from peft_mask.record import write_record
+from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
+from peft_mask.format.masks import Masks
+from peft_mask.format.packing import pack_bits
+from peft_mask.format.record import write_record
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,116 @@
+"""Where a layer keeps its packed masks, with room for those that have yet to be loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+from peft_mask.format.packing import index_dtype, zero_positions
+
+
+class BitsDict(BufferDict):
+    """Packed masks by adapter name, and room for records that are to be loaded by name.
+
+    PEFT loads an adapter through hooks of the tuner. transformers loads it by name: it looks up the buffer that is
+    called as the tensor in the file is, compares shapes, and sets the attribute of that name. The file holds records,
+    of any length, where layers hold bits, of the weight's shape. So the room for a record has its length, and a record
+    that comes is handed to a receiver instead of being kept.
+
+    An adapter that is only used is in here from the start, awaited until it is filled. An adapter with scores is not,
+    even while there is room for its record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self._awaited: dict[str, str] = {}  # adapter name -> name of the module
+        self._receivers: dict[str, Callable[[Tensor], None]] = {}
+        self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
+
+    def wait_for(self, adapter_name: str, module_name: str) -> None:
+        """Add an adapter that has no mask before `fill`; the module's name is for messages."""
+        self[adapter_name] = torch.empty(0, dtype=torch.uint8)
+        self._awaited[adapter_name] = module_name
+
+    def make_room(self, adapter_name: str, size: int, receive: Callable[[Tensor], None]) -> None:
+        """Let an adapter be loaded by name.
+
+        Args:
+            adapter_name: which adapter.
+            size: length of its record in the file.
+            receive: called with the record when it comes. It calls `fill` or `close`, or raises.
+        """
+        device = self[adapter_name].device if adapter_name in self else torch.device("cpu")
+        self[adapter_name] = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._receivers[adapter_name] = receive
+
+    def fill(self, adapter_name: str, bits: Tensor) -> None:
+        """Give an adapter its mask, on the device where it was awaited; in the same tensor if it has one already."""
+        if adapter_name in self._awaited:
+            self._forget(adapter_name)
+            self[adapter_name] = bits.to(self[adapter_name].device)
+        else:
+            self[adapter_name].copy_(bits)
+
+    def zero_positions(self, adapter_name: str, shape: Sequence[int]) -> Tensor:
+        """Return where an adapter's mask of this shape is off: row-major positions, int32 wherever these reach.
+
+        Finding them takes longer than the switch they are for, so they are kept: 4 bytes a weight that is off. They are
+        found anew when the bits are another tensor or were written to since.
+        """
+        bits = self[adapter_name]
+        known = self._known_zeros.get(adapter_name)
+        if known is not None and known[0] is bits and known[1] == bits._version:
+            return known[2]
+        positions = zero_positions(bits, shape).to(index_dtype(math.prod(shape)))
+        if not bits.is_inference():  # such tensors have no version
+            self._known_zeros[adapter_name] = (bits, bits._version, positions)
+        return positions
+
+    def close(self, adapter_name: str) -> None:
+        """Remove the room for the record of an adapter with scores, if there is any."""
+        if adapter_name in self._receivers:
+            del self[adapter_name]
+
+    def check_filled(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if the mask of an adapter was never loaded."""
+        if adapter_name in self._awaited:
+            raise ValueError(
+                f"the adapter '{adapter_name}' has no mask for '{self._awaited[adapter_name]}': nothing was loaded for "
+                "it, or loading failed. Delete the adapter and load it again, from a file that is whole."
+            )
+
+    def _forget(self, adapter_name: str) -> None:
+        self._awaited.pop(adapter_name, None)
+        self._receivers.pop(adapter_name, None)
+
+    def __contains__(self, adapter_name: object) -> bool:
+        return super().__contains__(adapter_name) and (
+            adapter_name in self._awaited or adapter_name not in self._receivers
+        )
+
+    def __delitem__(self, adapter_name: str) -> None:
+        self._forget(adapter_name)
+        self._known_zeros.pop(adapter_name, None)
+        super().__delitem__(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        # only who loads by name asks for an attribute, and would now find that the shapes differ
+        if name in self.__dict__.get("_awaited", {}) and name not in self._receivers:
+            raise AttributeError(
+                f"cannot load the mask of '{self._awaited[name]}' by name: the adapter's configuration does not say "
+                "how long its record is (record_bytes in adapter_config.json), or says it of other modules than are "
+                "masked here. Load it with PeftModel.from_pretrained; if that works, save it again."
+            )
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        receive = self.__dict__.get("_receivers", {}).get(name)
+        if receive is None:
+            super().__setattr__(name, value)
+        else:
+            receive(value)

@@ -1,0 +1,100 @@
+"""Masked linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_mask.layers.bias import LayerWithBias
+from peft_mask.scores.functional import masked_linear, masked_weight
+from peft_mask.settings.config import MaskConfig
+from peft_mask.tensors.quantized import keep_codes_in_order, quantization_backend, quantized_weight
+from peft_mask.tensors.stored import StoredWeight
+
+
+class Linear(LayerWithBias):
+    """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`, with a mask of b as well if it has one.
+
+    The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
+    """
+
+    @staticmethod
+    def input_dimension_of(base_layer: nn.Module) -> int | None:
+        return 0 if isinstance(base_layer, Conv1D) else 1
+
+    @property
+    def _transposed(self) -> bool:
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @property
+    def in_features(self) -> int:
+        return self.mask_shape[0 if self._transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return self.mask_shape[1 if self._transposed else 0]
+
+    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._linear(x, *self._under_bits(adapter_names), self._bias(adapter_names))
+
+    def _linear(
+        self, x: torch.Tensor, weight: torch.Tensor, trained: list[str], bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply `weight` under the scores of those adapters that are trained."""
+        for adapter_name in trained[1:]:
+            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
+        if not trained:
+            return F.linear(x, weight.t() if self._transposed else weight, bias)
+        scores, mask, positions = self._scores_in_force(trained[0])
+        return masked_linear(x, weight, scores, bias, mask, positions, transposed=self._transposed)
+
+
+class QuantizedLinear(Linear):
+    """A masked linear layer whose weight is quantized: it computes with the dequantized weight under the mask.
+
+    The dequantized weight is not kept for the backward pass but made again, so that the model in training takes as
+    little memory as it is quantized for.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
+        backend = quantization_backend(base_layer)
+        assert backend is not None
+        self.quantization_backend: QuantizationBackend = backend
+        keep_codes_in_order(base_layer)
+        super().__init__(base_layer, adapter_name, config, name)
+
+    @property
+    def stored(self) -> StoredWeight:
+        return quantized_weight(self.get_base_layer(), self.quantization_backend)
+
+    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        dtype = cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
+
+        bias = None if (bias := self._bias(adapter_names)) is None else bias.to(dtype)
+        weight, trained = self._under_bits(adapter_names)
+        weight = weight.to(dtype)
+        with _made_again(weight, lambda: self._under_bits(adapter_names)[0].to(dtype)):
+            return self._linear(x.to(dtype), weight, trained, bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+@contextmanager
+def _made_again(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Let autograd call `make` in the backward pass where it would have kept `tensor`."""
+    storage = tensor.untyped_storage()._cdata
+
+    def pack(saved: torch.Tensor) -> Any:
+        same = saved.untyped_storage()._cdata == storage and saved.shape == tensor.shape
+        return make if same else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved() if callable(saved) else saved):
+        yield

@@ -1,0 +1,1 @@
+"""Masks in a model: which modules, what is saved and loaded, merging, switching, mixing."""

@@ -1,0 +1,326 @@
+"""`MaskModel`: puts masks around a model's layers, and turns them into records on saving and back on loading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+
+from peft_mask.format.combine import CombinationType, check_votes, combined_mask
+from peft_mask.format.packing import pack_bits
+from peft_mask.layers.bias import Bias
+from peft_mask.layers.head import draw_head
+from peft_mask.layers.mask_layer import MaskLayer, onloaded
+from peft_mask.layers.registry import mask_layer_type
+from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.mixed import rows_of
+from peft_mask.model.native import make_room, record_sizes
+from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
+from peft_mask.model.state import records_of_adapter, state_from_records
+from peft_mask.model.targets import checked_shapes, resolve_targets
+from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
+from peft_mask.settings.config import MaskConfig
+
+
+class MaskModel(ScoredAdapters):
+    """A model whose weights are kept or switched off by learned masks.
+
+    Made by `peft.get_peft_model(model, MaskConfig(...))`. The base weights are never changed, except that
+    `merge_adapter` writes zeros into them and `unmerge_adapter` puts back what was there, bit for bit.
+
+    Args:
+        model: the base model.
+        peft_config: a `MaskConfig`, or a mapping from adapter name to `MaskConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create scores on the meta device, to be filled by loading.
+
+    Source: Zhao et al. 2020, "Masking as an Efficient Alternative to Finetuning for Pretrained Language Models".
+    """
+
+    prefix = "peft_mask_"
+    tuner_layer_cls = MaskLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's declaration; see `default_target_modules`
+
+    # ---- injection ----
+
+    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+        resolve_targets(self.model, peft_config)
+        shapes = checked_shapes(self.model, peft_config)
+        if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
+            among = known_to_readers(peft_config)
+            peft_config.target_sparsity = sparsity_for_bytes(
+                lambda sparsity: expected_bytes(shapes, sparsity, among),
+                peft_config.target_bytes,
+                fullest_sparsity(peft_config),
+            )
+        if peft_config.head == "masked":
+            draw_head(self.model, peft_config.head_names, peft_config.head_seed)
+        return peft_config
+
+    def _check_new_adapter_config(self, config: MaskConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            heads = [(adapter.head, adapter.head_seed) for adapter in (config, other)]
+            if heads[0] != heads[1] and any(head == "masked" for head, _ in heads):
+                raise ValueError(
+                    f"adapters of one model share a masked head, or train one each: '{name}' has head={heads[1][0]!r} "
+                    f"and head_seed={heads[1][1]}, the new one {heads[0][0]!r} and {heads[0][1]}."
+                )
+            ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
+            if other is not config and ours and theirs and ours != theirs:
+                # where a wrapper stands among those of its module is part of the names in the file
+                raise ValueError(
+                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
+                    f"new one {sorted(ours)}."
+                )
+
+    def _add_modules_to_save_to_tie(self, peft_config: MaskConfig, tied_weight_keys: list[str]) -> None:
+        def names(saved: str, module: str) -> bool:
+            return f".{module}".endswith(f".{saved}")
+
+        embeddings = cast(Any, self.model).get_input_embeddings()
+        source = next(name for name, module in self.model.named_modules() if module is embeddings)
+        others = [
+            saved
+            for saved in peft_config.modules_to_save or []
+            if not any(names(saved, module) for module in (source, *tied_weight_keys))
+        ]
+        peft_config.modules_to_save = [*others, source]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _create_and_replace(
+        self,
+        peft_config: MaskConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer: MaskLayer
+        if parameter_name is not None:
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(adapter_name, peft_config, current_key)
+                return
+            layer = ParamWrapper(target, adapter_name, peft_config, current_key, parameter_name)
+        elif isinstance(target, MaskLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        else:
+            layer = mask_layer_type(target)(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an adapter added to others is not trained until it is set active
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        make_room(model, adapter_name, self.peft_config[adapter_name])
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
+        # layers keep their base layer whole and are made on its device, so there is nothing to copy.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        trained = {
+            layer: layer.peft_mask_scores[adapter_name]
+            for _, layer in self._scored_layers(adapter_name, required=False)
+        }
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:  # PEFT's idea of that is float32, ours what the configuration says
+            dtype = getattr(torch, self.peft_config[adapter_name].scores_dtype)
+            for layer, scores in trained.items():
+                if scores.dtype != torch.float64:  # which a user has chosen for the whole model
+                    scores.data = scores.data.to(dtype)
+                # PEFT makes new parameters of 16-bit ones. It does that in a resume, too, after the optimizer was made.
+                layer.peft_mask_scores[adapter_name] = scores
+
+    # ---- adapters made of others ----
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "intersection",
+    ) -> None:
+        """Add an adapter whose mask is what others come to together (see `combined_mask`).
+
+        The new adapter holds bits and is not trained. A layer that one of the others does not mask is kept whole in its
+        view. A task head is a copy of that of the first of `adapters`, since there is no vote between heads.
+
+        Args:
+            adapters: names of loaded adapters, trained or for inference.
+            weights: how much the vote of each counts; positive.
+            adapter_name: name of the new adapter.
+            combination_type: `"intersection"`, `"union"` or `"majority"`.
+
+        Raises:
+            ValueError: if an adapter is not there, the new name is taken, or the votes have no meaning; nothing has
+                changed then.
+
+        Source: the signature is that of LoRA's `add_weighted_adapter`.
+        """
+        check_votes(adapters, weights, combination_type)
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"no adapters named {missing}; loaded are {sorted(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter named '{adapter_name}' already: delete it, or take another name.")
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, MaskLayer) and not layer.available_adapters.isdisjoint(adapters)
+        }
+        self.peft_config[adapter_name] = _combined_config([self.peft_config[name] for name in adapters], layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in _mask_layers(self.model):
+            if adapter_name not in layer.available_adapters:
+                continue
+            kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
+            masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
+            bits = pack_bits(combined_mask(masks, weights, combination_type))
+            layer.peft_mask_bits.fill(adapter_name, bits)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
+                first = module.modules_to_save[adapters[0]]
+                module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
+
+    # ---- merging ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; if anything goes wrong, no weight has changed.
+
+        Args:
+            adapter_names: adapters to merge, by default the active ones.
+            safe_merge: check the merged weights for NaN and infinities before writing them.
+        """
+        self._check_merge_allowed()
+        self._merge(list(_mask_layers(self.model)), adapter_names, safe_merge)
+
+    def _merge(self, layers: list[MaskLayer], adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+        depths = [layer.merge_depth for layer in layers]
+        try:
+            for layer in layers:
+                with onloaded(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, depth in zip(layers, depths, strict=True):
+                with onloaded(layer):
+                    layer.unmerge_to(depth)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the weights of the base model back, bit for bit."""
+        for layer in _mask_layers(self.model):
+            with onloaded(layer):
+                layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:  # all layers before the first is replaced, so that a failure leaves the model whole
+            unmerged = [name for name in adapter_names or self.active_adapters if not self._is_merged(name)]
+            if unmerged:
+                self.merge_adapter(adapter_names=unmerged, safe_merge=safe_merge)
+            for module in self.model.modules():
+                if isinstance(module, TrainableTokensWrapper):
+                    module.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge_adapter()
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
+
+    def _is_merged(self, adapter_name: str) -> bool:
+        return any(adapter_name in layer.merged_adapters for layer in _mask_layers(self.model))
+
+    def switch_adapter(self, adapter_name: str | None) -> None:
+        """Serve another adapter at full speed: unmerge what is merged, then activate and merge `adapter_name`.
+
+        The base weights are scattered into in place: same tensors, same addresses, no second copy. The cost is
+        proportional to the number of weights that are off.
+
+        Args:
+            adapter_name: name of a loaded adapter, or None for the bare base model (adapters are then disabled).
+
+        Raises:
+            ValueError: if there is no adapter of that name; nothing has changed then.
+        """
+        if adapter_name is not None and adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter named {adapter_name!r}; loaded are {sorted(self.peft_config)}.")
+        layers = list(_mask_layers(self.model))
+        for layer in layers:
+            with onloaded(layer):
+                layer.unmerge()
+        if adapter_name is None:
+            self.disable_adapter_layers()
+            return
+        self.set_adapter(adapter_name)
+        if any(layer.disable_adapters for layer in layers):
+            self.enable_adapter_layers()
+        self._merge(layers, [adapter_name])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT asks this of a method that can mix adapters in one batch, and drops `adapter_names` silently otherwise.
+        if (adapter_names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        with rows_of(self.model, adapter_names, copies):
+            yield
+
+    # ---- saving and loading ----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        tensors = records_of_adapter(model, adapter_name, state_dict, config.portable)
+        if tensors:  # the configuration is written after them, and beside them
+            config.record_bytes = record_sizes(tensors, adapter_name)
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return state_from_records(model, config, adapter_name, state_dict)
+
+
+def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer]) -> MaskConfig:
+    """Return the configuration of an adapter that masks all these layers, after the first of `configs`."""
+    sparsities = [config.target_sparsity for config in configs if config.target_sparsity is not None]
+    return dataclasses.replace(
+        configs[0],
+        inference_mode=True,
+        # parts of what a module masks carry its name already, and target_parameters are the same for all
+        target_modules={
+            name
+            for name, layer in layers.items()
+            if ".base_layer" not in name and not isinstance(layer, (ParamWrapper, Bias))
+        },
+        mask_biases=any(config.mask_biases for config in configs),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        target_bytes=None,
+        target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
+    )
+
+
+def _mask_layers(model: nn.Module) -> Iterator[MaskLayer]:
+    return (module for module in model.modules() if isinstance(module, MaskLayer))

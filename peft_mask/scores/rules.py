@@ -1,0 +1,110 @@
+"""How the scores of an adapter become its mask in one layer: what its configuration says, with what the layer knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from peft_mask.format.packing import bits_from_positions, pack_bits
+from peft_mask.scores.binarize import binarize_bernoulli, binarize_groups, binarize_threshold, binarize_topk, bounded
+from peft_mask.scores.budget import budget_zeros
+from peft_mask.scores.functional import per_weight
+from peft_mask.scores.units import unit_shape
+from peft_mask.settings.config import MaskConfig
+from peft_mask.settings.options import Binarizer
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A binarizer with its settings.
+
+    Attributes:
+        binarizer: as in `MaskConfig`.
+        zeros: how many scores `"topk"` switches off; None: no budget, all below the threshold are off.
+        group: N and M of `"n:m"`.
+        dimension: along which its groups lie.
+        key: what tells the draws of `"bernoulli"` apart from those of other layers and seeds.
+        unit: the block of the weight that one score governs.
+    """
+
+    binarizer: Binarizer
+    zeros: int | None = None
+    group: tuple[int, int] | None = None
+    dimension: int = -1
+    key: int = 0
+    unit: tuple[int, ...] = ()
+
+    def units(self, shape: torch.Size) -> int:
+        """Return how many scores a weight of this shape has, if all of it has some."""
+        return shape.numel() // math.prod(self.unit)
+
+    def with_sparsity(self, sparsity: float | None, shape: torch.Size) -> Rule:
+        """Return the rule with a budget: a fraction of the scores of a weight, at least one; None: no budget."""
+        zeros = None if sparsity is None else budget_zeros(self.units(shape), sparsity)
+        return dataclasses.replace(self, zeros=zeros)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is `scores >= 0` also in training, for which there is a fast path."""
+        return self.zeros is None and self.binarizer not in ("bernoulli", "n:m")
+
+    def mask(self, scores: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """Return what scores come to in evaluation and on saving: bool, of their shape, True for what is kept.
+
+        Args:
+            scores: the scores.
+            most: how many weights to switch off, if not the whole of a budget.
+        """
+        if self.zeros is not None:
+            units = self.zeros if most is None else min(self.zeros, most // math.prod(self.unit))
+            return binarize_topk(scores, units)
+        if self.group is not None:
+            return binarize_groups(scores, *self.group, self.dimension)
+        return binarize_threshold(scores)
+
+    def packed_mask(
+        self, scores: torch.Tensor, shape: torch.Size, positions: torch.Tensor | None = None, most: int | None = None
+    ) -> torch.Tensor:
+        """Return what scores come to as packed bits, uint8 of shape (rows, ceil(columns / 8)).
+
+        Args:
+            scores: the scores of a layer, of a checkpoint or of all shards.
+            shape: shape of the weight.
+            positions: of the candidates whose scores they are, or None if every weight or unit has one.
+            most: how many weights to switch off, if not the whole of a budget.
+        """
+        kept = self.mask(scores.detach(), most)
+        if positions is None:
+            return pack_bits(per_weight(kept, shape))
+        return bits_from_positions(positions.to(kept.device)[~kept].long(), shape, kept=False)
+
+    def mask_in_training(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return what scores come to in a step of training: another mask if it is drawn, else the same."""
+        if self.binarizer == "bernoulli":
+            return binarize_bernoulli(scores, self.key)
+        return self.mask(scores)
+
+    def estimator(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores as straight-through gradients are to reach them."""
+        return bounded(scores) if self.binarizer == "sign" else scores
+
+
+def rule_for(config: MaskConfig, name: str, shape: torch.Size, dimension: int | None) -> Rule:
+    """Return the rule of an adapter in one layer, without a budget yet.
+
+    Args:
+        config: the adapter's configuration.
+        name: path of the module.
+        shape: shape of the weight.
+        dimension: that of the weight's inputs; None if it has none, which `"n:m"` needs, and most structures.
+
+    Raises:
+        ValueError: if the weight has no such units as `structure` says; the bare reason.
+    """
+    unit = unit_shape(shape, config.structure, dimension, config.head_size)
+    key = zlib.crc32(f"{config.seed}/{name}".encode())
+    return Rule(config.binarizer, None, config.group, -1 if dimension is None else dimension, key, unit)

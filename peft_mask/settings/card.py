@@ -1,0 +1,147 @@
+"""The model card of an adapter: its figures, how to load it and how well it does, for people and for the Hub."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from peft_mask.format.atomic import replace_files
+from peft_mask.format.mask_file import read_config, read_headers
+from peft_mask.format.payload import RANKS
+from peft_mask.format.record import Header
+
+_WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"
+
+# task type -> what PEFT calls the class that loads base model and adapter, and what else it must be told
+_AUTO_CLASSES = {
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "num_labels=..."),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "num_labels=..."),
+    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", ""),
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", ""),
+    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", ""),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", ""),
+}
+
+
+def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResult] | None = None) -> None:
+    """Fill in the model card, `README.md`, of a saved adapter; written anew if there is none.
+
+    Saving an adapter calls this, so that it is only needed to add results. The metadata gets `library_name`,
+    `base_model`, `tags` and, of the results, `model-index`; the text a section with sparsity, bits a weight, bytes and
+    how to load the adapter. PEFT's card that nobody has filled in goes; all other text and metadata stay.
+
+    Args:
+        folder: where `save_pretrained` wrote the adapter.
+        results: what was measured, as `huggingface_hub.EvalResult`; in place of results in the card for the same task,
+            data set and metric. Those of others stay.
+
+    Raises:
+        FileNotFoundError: there is no adapter in the folder.
+        ValueError: the adapter is damaged, or the metadata of its card is not what the Hub takes.
+
+    Example:
+        >>> import torch
+        >>> from huggingface_hub import EvalResult
+        >>> from peft_mask import Masks, update_model_card
+        >>> Masks({"layer": torch.tensor([[True, False], [True, True]])}).save("adapter")
+        >>> accuracy = EvalResult(
+        ...     task_type="text-classification",
+        ...     dataset_type="banking77",
+        ...     dataset_name="Banking77",
+        ...     metric_type="accuracy",
+        ...     metric_value=0.92,
+        ... )
+        >>> update_model_card("adapter", [accuracy])
+    """
+    folder = Path(folder)
+    headers = read_headers(folder / _WEIGHTS_FILE)
+    config = read_config(folder / _CONFIG_FILE)
+    card = _load(folder / _CARD_FILE)
+    _fill_metadata(cast(ModelCardData, card.data), config, folder, list(results or []))
+    card.text = _with_section(card.text, _section(headers, config, (folder / _WEIGHTS_FILE).stat().st_size))
+    replace_files({folder / _CARD_FILE: str(card).encode()})
+
+
+def is_card_due(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds an adapter and a model card."""
+    return all((Path(folder) / name).is_file() for name in (_WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE))
+
+
+def _load(file: Path) -> ModelCard:
+    """The card, without the template that PEFT starts from, a page of "[More Information Needed]"."""
+    if not file.is_file():
+        return ModelCard("---\n{}\n---\n")
+    card = ModelCard.load(file)
+    card.text = card.text.removeprefix(ModelCard.from_template(ModelCardData()).text.rstrip())
+    return card
+
+
+def _fill_metadata(data: ModelCardData, config: dict[str, Any], folder: Path, results: list[EvalResult]) -> None:
+    data.library_name = "peft"
+    tags = {*(data.tags or []), "peft-mask"} - {"base_model:adapter:"}  # PEFT's, of a base without a name
+    if base := config.get("base_model_name_or_path"):
+        data.base_model = data.base_model or base
+        tags.add(f"base_model:adapter:{base}")
+    data.tags = sorted(tags)
+    if results:
+        others = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(new) for new in results)]
+        data.eval_results = others + results
+        data.model_name = data.model_name or folder.resolve().name
+
+
+def _with_section(text: str, section: str) -> str:
+    """Put the section where it stood, or before the first heading below the title."""
+    if old := re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", text, flags=re.DOTALL):
+        return text[: old.start()] + section + text[old.end() :]
+    heading = re.search(r"^###? ", text, flags=re.MULTILINE)
+    position = heading.start() if heading else len(text)
+    parts = (text[:position].strip(), section, text[position:].strip())
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(records: list[tuple[Header, int]], config: dict[str, Any], size: int) -> str:
+    base = config.get("base_model_name_or_path")
+    weights = sum(math.prod(header.shape) for header, _ in records)
+    sparsity = sum(header.zeros for header, _ in records) / max(weights, 1)
+    coded = sum(length for _, length in records)
+    return f"""{_BEGIN}
+## A mask
+
+It switches off {sparsity:.2%} of the weights it masks{f" in `{base}`" if base else ""}, and changes none.
+
+| | |
+|---|---|
+| masked weights | {weights:,} in {len(records)} matrices |
+| sparsity | {sparsity:.4%} |
+| bits a masked weight | {8 * coded / max(weights, 1):.3f} |
+| bytes of the masks | {coded:,} |
+| bytes of `{_WEIGHTS_FILE}`, task head included | {size:,} |
+
+{_usage(config)}{_needs_base(records)}
+{_END}"""
+
+
+def _needs_base(records: list[tuple[Header, int]]) -> str:
+    if all(header.codec != RANKS for header, _ in records):
+        return ""
+    return "\n\nIt is coded against the weights of the base model: load that in float32 or bfloat16."
+
+
+def _usage(config: dict[str, Any]) -> str:
+    name, told = _AUTO_CLASSES.get(config.get("task_type") or "", (None, ""))
+    if name:
+        lines = [
+            f"from peft import {name}",
+            "",
+            f'model = {name}.from_pretrained("this/repository"{told and ", "}{told})',
+        ]
+    else:
+        lines = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base_model, "this/repository")']
+    return "\n".join(["```python", "import peft_mask  # without it, PEFT says KeyError: 'PEFT_MASK'", *lines, "```"])

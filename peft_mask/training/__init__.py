@@ -1,0 +1,1 @@
+"""How scores move: optimizer, budgets that grow, the callback for `Trainer`, what a training takes."""

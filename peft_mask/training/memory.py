@@ -1,0 +1,156 @@
+"""What training a mask takes, counted before it begins, on a model that need not have any weights yet."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_mask.format.packing import index_dtype
+from peft_mask.layers.registry import mask_layer_type, stored_weights
+from peft_mask.model.targets import matched_modules, matched_parameters, resolve_targets
+from peft_mask.scores.candidates import candidate_count
+from peft_mask.scores.units import unit_shape
+from peft_mask.settings.config import MaskConfig
+from peft_mask.tensors.stored import StoredWeight
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a training step holds, by what for.
+
+    Attributes:
+        parameters: the base model, with the copy of its head that is trained.
+        scores: scores and the positions of their weights.
+        gradients: of scores and head.
+        optimizer: what the optimizer remembers of scores and head.
+        activations: what autograd keeps for the backward pass, the masks among it: a bit for each score, unless each is
+            compared with the threshold anew.
+        transient: W * M, `(dL/dy)^T x` and indices of the largest layer, the only ones of its size at any time, and the
+            gradients of the largest activation and its neighbor.
+    """
+
+    parameters: int
+    scores: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all: what a step takes at most, without the allocator's and the libraries' own share."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = [*vars(self).items(), ("total", self.total)]
+        return ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in parts)
+
+
+def training_memory(
+    model: nn.Module, config: MaskConfig, inputs: Mapping[str, Tensor], scores_optimizer: str = "sign"
+) -> TrainingMemory:
+    """Estimate the memory of a training step of a mask, without making one.
+
+    Args:
+        model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size (a Llama
+            runs there since some release of transformers between 5.2 and 5.8).
+        config: the adapter's configuration.
+        inputs: a batch as for `model(**inputs)`, on its device.
+        scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"sign_in_backward"` (the same with
+            `SignAdamW.step_in_backward`), `"adamw"` or `"adamw_8bit"`.
+
+    Returns:
+        The estimate. Everything trained beside the scores is counted with AdamW in float32.
+
+    Raises:
+        ValueError: if there is no such optimizer, or `model` has no backbone to take the default targets from.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> shape = AutoConfig.for_model("llama", num_hidden_layers=2, vocab_size=1000)  # the rest as in Llama 7B
+        >>> with torch.device("meta"):
+        ...     model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        ...     inputs = {"input_ids": torch.zeros(1, 128, dtype=torch.long)}
+        >>> memory = training_memory(model, MaskConfig(), inputs)
+        >>> memory.scores < memory.parameters / 2
+        True
+    """
+    config = copy.copy(config)
+    resolve_targets(model, config)
+    itemsize = getattr(torch, config.scores_dtype).itemsize
+    known = {"sign": (0, 1), "sign_in_backward": (0, 0), "adamw": (2 * itemsize, 1), "adamw_8bit": (2, 1)}
+    if scores_optimizer not in known:
+        raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
+    state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
+    weights: list[tuple[StoredWeight, int | None]] = [
+        (stored, mask_layer_type(m).input_dimension_of(m))
+        for name, m in matched_modules(model, config)
+        for stored in stored_weights(m, name, config.mask_biases).values()
+    ]
+    weights += [(StoredWeight(m, parameter), None) for _, m, parameter in matched_parameters(model, config)]
+    compared = config.candidates is None and config.binarizer in ("threshold", "sign")
+    scores = positions = masks = transient = 0
+    for weight, dimension in weights:
+        numel = weight.shape.numel()
+        count = candidate_count(numel, config)
+        unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
+        own = numel // math.prod(unit) if count is None else count
+        scores += own
+        masks += 0 if compared else math.ceil(own / 8)
+        positions += (count or 0) * index_dtype(numel).itemsize
+        transient = max(transient, 2 * weight.value_bytes + (8 + 2 * weight.value_bytes // numel) * (count or 0))
+    heads = [
+        m for name, m in model.named_modules() if name and name.rpartition(".")[2] in (config.modules_to_save or [])
+    ]
+    head = sum(p.numel() for module in heads for p in module.parameters())
+    kept = _saved_sizes(model, inputs, [weight.parameter for weight, _ in weights])
+    return TrainingMemory(
+        parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
+        scores=itemsize * scores + positions,
+        gradients=gradients * itemsize * scores + 4 * head,
+        optimizer=state * scores + 8 * head,
+        activations=sum(kept) + masks,
+        transient=transient + 2 * max(kept, default=0),
+    )
+
+
+def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, beside the model's own tensors.
+
+    Args:
+        model: any model, on any device, the meta device included.
+        inputs: a batch as for `model(**inputs)`.
+    """
+    return sum(_saved_sizes(model, inputs))
+
+
+def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[Tensor] | None = None) -> list[int]:
+    """Bytes of each storage that is kept, with gradients for the parameters `trained`, by default for all that ask."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # holding the tensors, or an address could come twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (address := tensor.untyped_storage()._cdata) not in own:
+            kept[address] = tensor
+        return tensor
+
+    before = {p: p.requires_grad for p in model.parameters()}
+    try:
+        if trained is not None:
+            wanted = {id(p) for p in trained}
+            for parameter in before:
+                parameter.requires_grad_(id(parameter) in wanted)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output: Any = model(**inputs)
+        del output
+    finally:
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
+    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]

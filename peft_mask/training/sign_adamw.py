@@ -1,0 +1,205 @@
+"""Optimizers: sign steps for scores beside AdamW for everything else."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from peft_mask.tensors.sharded import absolute_sum, is_flattened, sum_over_processes
+
+
+class SignAdamW(torch.optim.AdamW):
+    """AdamW whose parameter groups with `sign=True` take sign steps instead: `p = p - lr * c * sign(gradient)`.
+
+    A score that moves by one step a batch counts for how many batches its weight should go, less for how many it should
+    stay. Where only the order of the scores matters (`binarizer="topk"`), nothing else is to be set; and sign steps
+    need no state for each score, where Adam keeps two numbers.
+
+    A gradient of a thousandth has a sign, too. So that a training whose loss is gone does not go on voting about
+    nothing, the steps of a parameter shrink with its gradients: `c = min(1, 2 sqrt(g / G))`, g being the mean absolute
+    gradient, and G the largest g so far. Down to a quarter of G every step counts alike. The state is G, one number
+    a parameter.
+
+    Scores of 16 bits are rounded stochastically: a step far below their precision is taken with the probability that
+    makes it right on average. The random numbers depend on the number of the step alone, so that they are the same on
+    every process and after a resume.
+
+    A step whose gradients are not all finite is no step: nothing changes, of no parameter, and a warning says so. After
+    one NaN, AdamW's parameters would be NaN for ever, and a mask has no value for a score that is NaN.
+
+    DeepSpeed ZeRO hands an optimizer a flat piece of all parameters of a group in their place. Where these are one
+    matrix, the step is that of the matrix: gradients are summed up over the processes. So a group with `sign=True` must
+    hold one matrix there, as those of `create_mask_optimizer` do.
+
+    Args:
+        params: parameters or groups, as for AdamW; groups may hold `"sign": True`.
+        **kwargs: as for AdamW.
+
+    Source: the sign steps are signSGD (Bernstein et al. 2018); the official code of Zhao et al. 2020 offers it, too.
+    Their shrinking is ours (docs/experiments.md).
+    """
+
+    _norms_in_backward: tuple[torch.Tensor, ...] = ()  # of gradients that are gone by the time of `step`
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        # With `fused=True` torch's kernel would unscale for itself what a gradient scaler hands it, and sign steps not.
+        self._step_supports_amp_scaling = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        norms = {p: absolute_sum(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if self._in_pieces():
+            norms = dict(zip(norms, sum_over_processes(list(norms.values())), strict=True))
+        if not self._are_finite(norms.values()):
+            warnings.warn(
+                "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
+                "has changed. Once or twice do no harm. If the loss stays NaN, look for batches without labels, lower "
+                "the learning rate, or train in bfloat16 or float32 in place of float16.",
+                stacklevel=2,
+            )
+            return loss
+        everything = self.param_groups
+        for index, (place, parameter, size) in enumerate(self._voted_on()):
+            if parameter in norms:
+                self._sign_step(parameter, norms[parameter] / size, everything[place]["lr"], index)
+        self.param_groups = [group for group in everything if not group.get("sign")]
+        try:
+            super().step()
+        finally:
+            self.param_groups = everything
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["sizes"] = [p.numel() for p in group["params"]]  # kept with the group, which ZeRO steps one at a time
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # saved before groups had sizes
+            group.setdefault("sizes", [p.numel() for p in group["params"]])
+
+    def _voted_on(self) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Yield place of the group, parameter and size of what takes sign steps; of a piece, the size of its matrix."""
+        for place, group in enumerate(self.param_groups):
+            if group.get("sign"):
+                # not strict: ZeRO-3 empties the groups that it does not step
+                for parameter, size in zip(group["params"], group["sizes"], strict=False):
+                    yield place, parameter, size
+
+    def _in_pieces(self) -> bool:
+        """Return whether parameters are pieces of those that were given; refuse pieces that may be of several matrices.
+
+        FSDP2's parameters are none: their size is that of all shards.
+        """
+        found = False
+        for group in self.param_groups:
+            params, sizes = group["params"], group["sizes"]
+            pieces = [p.numel() for p in params] not in ([], sizes)
+            found |= pieces
+            if group.get("sign") and ((pieces and len(sizes) > 1) or any(map(is_flattened, params))):
+                raise RuntimeError(
+                    "cannot take sign steps: the parameters are no longer those that SignAdamW was made for but pieces "
+                    "of them, as FSDP1 and DeepSpeed ZeRO make, and the steps depend on the gradients of whole "
+                    "matrices. Use DDP or FSDP2 (fsdp_version: 2); under ZeRO, create_mask_optimizer(model), which "
+                    "makes a group for each matrix, of which it then knows the pieces."
+                )
+        return found
+
+    def step_in_backward(self) -> None:
+        """Take the sign steps within the backward pass: each as soon as its parameter has a gradient, which is freed.
+
+        No two of these gradients then exist at a time. `step` is left with everything else, such as a task head. Each
+        backward pass is a vote, so gradients are not accumulated over several, and clipping no longer meets them, which
+        do not need it. Call it once, on the optimizer of one process and without a gradient scaler: gradients are used
+        before they are averaged or unscaled.
+
+        A parameter whose gradient is not finite takes no step, nor does `step` then, and warns.
+
+        Raises:
+            RuntimeError: if there are several processes.
+
+        Source: PyTorch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and (world := torch.distributed.get_world_size()) > 1:
+            raise RuntimeError(
+                f"cannot step in the backward pass of {world} processes: the gradients of each would be used before "
+                "they are averaged. Call optimizer.step() as usual."
+            )
+        # by the place of their group: loading a state makes new groups
+        for index, (place, parameter, _) in enumerate(self._voted_on()):
+            parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
+
+    def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
+        norm = absolute_sum(cast(torch.Tensor, parameter.grad))
+        self._norms_in_backward += (norm,)
+        self._sign_step(parameter, norm / parameter.numel(), self.param_groups[place]["lr"], index)
+        parameter.grad = None
+
+    def _are_finite(self, norms: Iterable[torch.Tensor]) -> bool:
+        """Whether these gradients, and all whose steps were taken since the last call, are finite: one read a step."""
+        norms = [*self._norms_in_backward, *norms]
+        self._norms_in_backward = ()
+        return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
+
+    @torch.no_grad()
+    def _sign_step(self, parameter: torch.Tensor, mean: torch.Tensor, lr: float, index: int) -> None:
+        size = lr * self._count_of_vote(parameter, mean)
+        grad = cast(torch.Tensor, parameter.grad)
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            step = int(self.state[parameter]["step"])
+            # hashed, because torch's CPU generator looks at the lowest 32 bits of its seed only
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{step}/{index}".encode()))
+            exact = parameter.float().sub_(grad.float().sign_().mul_(size))
+            parameter.copy_(round_stochastically(exact, parameter.dtype, generator))
+        else:
+            parameter.sub_(grad.sign().mul_(size))  # the sign of NaN is 0
+
+    def _count_of_vote(self, parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1.
+
+        `mean` is g, the mean absolute gradient.
+
+        Of a gradient that is not finite, which only steps in the backward pass meet, it is 0, and G stays what it was.
+        """
+        # in the dtype of the parameter, to which torch casts what it loads
+        largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)  # AdamW wants it
+            state["largest"] = largest
+        state["step"] += 1
+        state["largest"] = torch.maximum(state["largest"], largest)
+        ratio = mean / state["largest"].to(mean.dtype)
+        return torch.where(mean.isfinite(), ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
+
+
+def round_stochastically(
+    values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Round float32 values to one of their two neighbors in a 16-bit dtype, so that the expectation is exact.
+
+    Args:
+        values: float32, any shape.
+        dtype: `torch.bfloat16` or `torch.float16`.
+        generator: of the device of `values`.
+
+    Returns:
+        Tensor of `dtype`. What it can represent is returned as it is; so are infinities and NaN.
+    """
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    noise = torch.randint(1 << dropped, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    # adding noise below the bits that are kept carries into them with the probability of the part that is dropped
+    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-1 << dropped)
+    rounded = bits.view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)

@@ -1,0 +1,128 @@
+"""Rows of one batch under different adapters: each as if its adapter were alone."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_mask import MaskConfig
+from peft_mask.layers.mask_layer import MaskLayer
+from tests.tiny_models import tiny_inputs, tiny_model
+
+NAMES = ["one", "two", "__base__", "one", "two"]
+
+
+def random_masks(model):
+    """Draw every score of every adapter anew, so that no two masks are alike."""
+    torch.manual_seed(1)
+    for layer in model.modules():
+        if isinstance(layer, MaskLayer):
+            for scores in layer.peft_mask_scores.values():
+                nn.init.normal_(scores)
+    return model.eval()
+
+
+def two_adapters(family, head, task_type, **fields):
+    config = MaskConfig(task_type=task_type, **({"target_sparsity": 0.2, "candidates": None} | fields))
+    model = get_peft_model(tiny_model(family, head), config, adapter_name="one")
+    model.add_adapter("two", config)
+    return random_masks(model)
+
+
+def batch(model, rows=5):
+    torch.manual_seed(2)
+    inputs = tiny_inputs(model.base_model.model)
+    inputs["input_ids"] = torch.randint(3, 60, (rows, 7))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+def alone(model, name, call):
+    if name == "__base__":
+        with model.disable_adapter():
+            return call()
+    model.set_adapter(name)
+    return call()
+
+
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize(("family", "head", "task_type"), [("bert", "seq_cls", "SEQ_CLS"), ("gpt2", "lm", "CAUSAL_LM")])
+def test_each_row_is_as_if_its_adapter_were_alone(tmp_path, family, head, task_type, bits):
+    model = two_adapters(family, head, task_type)
+    if bits:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(tiny_model(family, head), tmp_path / "one", adapter_name="one")
+        model.load_adapter(tmp_path / "two", "two")
+        model.eval()
+    inputs = batch(model)
+    expected = {name: alone(model, name, lambda: model(**inputs).logits) for name in set(NAMES)}
+    assert not torch.allclose(expected["one"], expected["two"])
+    mixed = model(**inputs, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[row], expected[name][row])
+
+
+def test_rows_have_their_own_task_heads():
+    model = two_adapters("bert", "seq_cls", "SEQ_CLS")
+    for name in ("one", "two"):
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+    inputs = batch(model)
+    expected = {name: alone(model, name, lambda: model(**inputs).logits) for name in ("one", "two")}
+    mixed = model(**inputs, adapter_names=["one", "two", "two", "one", "one"]).logits
+    for row, name in enumerate(["one", "two", "two", "one", "one"]):
+        torch.testing.assert_close(mixed[row], expected[name][row])
+
+
+def test_a_layer_that_an_adapter_does_not_mask_is_the_bare_one_for_it():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), MaskConfig(target_modules=["0"], candidates=None), "one"
+    )
+    model.add_adapter("two", MaskConfig(target_modules=["1"], candidates=None))
+    random_masks(model)
+    x = torch.randn(2, 6)
+    expected = {name: alone(model, name, lambda: model(x)) for name in ("one", "two")}
+    mixed = model(x, adapter_names=["two", "one"])
+    torch.testing.assert_close(mixed, torch.stack([expected["two"][0], expected["one"][1]]))
+
+
+@pytest.mark.parametrize(("family", "head", "task_type"), [("gpt2", "lm", "CAUSAL_LM"), ("t5", "lm", "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generation(family, head, task_type, how):
+    model = two_adapters(family, head, task_type)
+    inputs = batch(model)
+
+    def generate(**kwargs):
+        torch.manual_seed(3)
+        return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, **how, **kwargs)
+
+    expected = {name: alone(model, name, generate) for name in set(NAMES)}
+    mixed = generate(adapter_names=NAMES)
+    each = how.get("num_return_sequences", 1)
+    for row, name in enumerate(name for name in NAMES for _ in range(each)):
+        assert torch.equal(mixed[row], expected[name][row])
+
+
+def test_what_cannot_be_mixed_is_refused_and_leaves_no_hook():
+    model = two_adapters("bert", "seq_cls", "SEQ_CLS")
+    inputs = batch(model)
+    plain = model(**inputs).logits
+    with pytest.raises(ValueError, match=r"same as the number of inputs, but got 2 and 5 respectively"):
+        model(**inputs, adapter_names=["one", "two"])
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): c\. Loaded are \['one', 'two'\]"):
+        model(**inputs, adapter_names=["one", "two", "c", "one", "one"])
+    with pytest.raises(TypeError, match="must be a list with a name for each row, got 'one'"):
+        model(**inputs, adapter_names="one")
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model.train()(**inputs, adapter_names=NAMES)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, plain)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
+        model(**inputs, adapter_names=NAMES)
+
+
+def test_disabled_adapters_are_disabled_for_every_row():
+    model = two_adapters("bert", "seq_cls", "SEQ_CLS")
+    inputs = batch(model)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs, adapter_names=NAMES).logits, model(**inputs).logits)

@@ -1,0 +1,177 @@
+"""Everything the documents claim in code is run: fenced blocks, docstring examples, make targets, links.
+
+The Python blocks of one file run top to bottom in one namespace, in an empty directory. A block that cannot run here
+(it needs a GPU, the Hub, an hour) has `<!-- not run: reason -->` on the line before its fence, and must still compile.
+"""
+
+import doctest
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.versions import LOADS_BY_NAME, LOADS_HEADS, MANAGES_ADAPTERS, RUNS_ON_META
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+LANGUAGES = {"python", "bash", "text", "json", "bibtex"}
+
+_FENCE = re.compile(r"^ {0,3}(?P<marks>```+|~~~+)(?P<language>[^`]*)$")
+_NOT_RUN = re.compile(r"^ {0,3}<!-- not run: (?P<reason>\S.*?) -->$")
+_LINK = re.compile(r"(?<!`)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    path: Path
+    line: int  # of the block's first line of code, counted from 1
+    language: str
+    source: str
+    not_run: str | None  # the reason
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path}:{self.line}"
+
+    def compiled(self):
+        # the empty lines in front make tracebacks name the document's own line
+        return compile("\n" * (self.line - 1) + self.source, str(self.path), "exec")
+
+
+def blocks_of(path: Path) -> list[Block]:
+    blocks: list[Block] = []
+    opening: re.Match[str] | None = None  # of the block we are in
+    previous = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if opening is None:
+            opening = _FENCE.match(line)
+            start, code, reason = number + 1, [], _NOT_RUN.match(previous)
+        elif line.strip().startswith(opening["marks"]) and not line.strip(" `~"):
+            source = "".join(f"{text}\n" for text in code)
+            blocks.append(Block(path, start, opening["language"].strip(), source, reason["reason"] if reason else None))
+            opening = None
+        else:
+            code.append(line)
+        previous = line
+    if opening is not None:
+        raise ValueError(f"{path.name}:{start - 1}: this code block is never closed")
+    return blocks
+
+
+BLOCKS = [block for path in DOCUMENTS for block in blocks_of(path)]
+
+
+def _select(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+def test_every_block_says_its_language():
+    assert {block.where: block.language for block in BLOCKS if block.language not in LANGUAGES} == {}
+
+
+def test_the_readme_and_the_documents_have_blocks_that_run():
+    run = [block for block in _select("python") if not block.not_run]
+    assert len([block for block in run if block.path.name == "README.md"]) > 0
+    assert len(run) > 0
+
+
+@pytest.mark.parametrize("path", sorted({b.path for b in _select("python")}), ids=lambda path: path.name)
+def test_python_blocks_run_top_to_bottom(path, tmp_path, monkeypatch):
+    if path.name == "transformers.md" and not (LOADS_BY_NAME and LOADS_HEADS and MANAGES_ADAPTERS):
+        pytest.skip("this transformers does less, or warns")
+    if path.name == "training.md" and not RUNS_ON_META:
+        pytest.skip("this transformers' Llama does not run without weights")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in _select("python"):
+        if block.path == path:
+            code = block.compiled()
+            if not block.not_run:
+                exec(code, namespace)
+
+
+def test_json_blocks_parse():
+    for block in _select("json"):
+        try:
+            json.loads(block.source)
+        except ValueError as error:
+            pytest.fail(f"{block.where}: {error}")
+
+
+def test_shell_blocks_parse_and_name_what_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for block in _select("bash"):
+        checked = subprocess.run(["bash", "-n"], input=block.source, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, f"{block.where}: {checked.stderr}"
+        named = set(re.findall(r"^\s*make (?:\w+=\S+ )*([a-z-]+)", block.source, flags=re.MULTILINE))
+        assert named <= targets, f"{block.where}: the Makefile has no {named - targets}"
+        modules = r"python3? -m ((?:attacks|examples|benchmarks|reproduction|peft_mask)[\w.]*)"
+        for module in re.findall(modules, block.source):
+            assert importlib.util.find_spec(module), f"{block.where}: there is no module {module}"
+        for script in re.findall(r"python3? ([\w./-]+\.py)", block.source):
+            assert (ROOT / script).exists(), f"{block.where}: there is no file {script}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_to_files(path):
+    targets = [match["target"].split("#")[0] for match in _LINK.finditer(path.read_text(encoding="utf-8"))]
+    missing = [t for t in targets if t and ":" not in t and not (path.parent / t).exists()]
+    assert missing == []
+
+
+def _modules() -> list[str]:
+    import peft_mask
+
+    return ["peft_mask", *(module.name for module in pkgutil.walk_packages(peft_mask.__path__, "peft_mask."))]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples_are_true(name, tmp_path, monkeypatch):
+    if name == "peft_mask.training.memory" and not RUNS_ON_META:
+        pytest.skip("this transformers' Llama does not run without weights")
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+DOCUMENT = """\
+<!-- not run: needs a GPU -->
+```python
+raise RuntimeError
+```
+
+~~~text
+```not a block
+~~~
+
+```python
+x = 1
+
+assert x == 1
+```
+"""
+
+
+def test_the_reader_of_documents_finds_blocks_their_lines_and_reasons(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(DOCUMENT)
+    found = [(block.line, block.language, block.source, block.not_run) for block in blocks_of(path)]
+    assert found == [
+        (3, "python", "raise RuntimeError\n", "needs a GPU"),
+        (7, "text", "```not a block\n", None),
+        (11, "python", "x = 1\n\nassert x == 1\n", None),
+    ]
+
+
+def test_the_reader_of_documents_refuses_an_open_block(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("text\n```python\nx = 1\n")
+    with pytest.raises(ValueError, match=r"page\.md:2: this code block is never closed"):
+        blocks_of(path)

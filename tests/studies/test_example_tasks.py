@@ -1,0 +1,249 @@
+"""The scripts for tagging, multiple choice and question answering: what they encode, how they score, what they save."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModel, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    EvalPrediction,
+)
+
+from examples import multiple_choice, question_answering, text_classification, token_classification
+from examples import script as shared
+from examples.question_answering import AnswerArguments
+from examples.tagging import IGNORED
+from peft_mask import MaskConfig
+from peft_mask.analysis import adapter_logits, ensemble, labels_of
+from tests.studies.test_examples import write_jsonl
+
+CONTEXT = "a cat sat on the old oak in may"
+QUESTIONS = [
+    {"question": "who sat", "context": CONTEXT, "answers": {"text": ["a cat"], "answer_start": [0]}},
+    {"question": "when", "context": CONTEXT, "answers": {"text": ["may"], "answer_start": [28]}},
+    {"question": "who ran", "context": CONTEXT, "answers": {"text": [], "answer_start": []}},
+]
+CHOICES = [{"context": f"it is {i}", "choices": ["cat", "oak", "ox"], "label": i % 3} for i in range(12)]
+SWAG = [{"sent1": "it ran", "sent2": "a cat", "ending0": "sat", "ending1": "fell", "label": i % 2} for i in range(12)]
+TAGS = [{"tokens": ["cat", "in", "oak"], "ner_tags": ["B-pet", "O", "B-tree"]} for _ in range(12)]
+
+
+def run(script, model, output, *arguments, **files):
+    common_arguments = ["--model_name_or_path", model, "--output_dir", str(output), "--max_steps", "2"]
+    quiet = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
+    named = [
+        part for name, rows in files.items() for part in (f"--{name}", write_jsonl(output / f"{name}.jsonl", rows))
+    ]
+    return script.main([*common_arguments, *quiet, *named, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "auto", "labels", "head", "figures"),
+    [
+        (token_classification, TAGS, AutoModelForTokenClassification, 3, 3 * 33, {"accuracy", "f1"}),
+        (multiple_choice, CHOICES, AutoModelForMultipleChoice, 0, 33, {"accuracy"}),
+        (multiple_choice, SWAG, AutoModelForMultipleChoice, 0, 33, {"accuracy"}),
+        (question_answering, QUESTIONS, AutoModelForQuestionAnswering, 0, 2 * 33, {"exact_match", "f1"}),
+    ],
+)
+def test_scripts_learn_from_local_files_and_the_head_travels(
+    tiny_bert,
+    tmp_path,
+    script,
+    rows,
+    auto,
+    labels,
+    head,
+    figures,
+):
+    found = run(script, tiny_bert, tmp_path, train_file=rows, test_file=rows)
+    assert found.keys() == {*figures, "mask_bytes", "head_bytes"}
+    assert found["head_bytes"] == 4 * head
+    loaded = [
+        PeftModel.from_pretrained(
+            auto.from_pretrained(tiny_bert, **({"num_labels": labels} if labels else {})), tmp_path
+        ).state_dict()
+        for _ in range(2)
+    ]
+    trained = {key for key in loaded[0] if "modules_to_save" in key}
+    assert trained
+    assert all(torch.equal(loaded[0][key], loaded[1][key]) for key in trained), "no random head"
+    assert (tmp_path / "labels.json").exists() == bool(labels)
+
+
+def test_the_head_of_a_multiple_choice_model_is_saved_without_being_named(tiny_bert, tmp_path):
+    base = AutoModelForMultipleChoice.from_pretrained(tiny_bert)
+    model = get_peft_model(base, MaskConfig())
+    assert model.base_model.model.classifier.modules_to_save.default.weight.requires_grad
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert [key for key in file.keys() if "classifier" in key] == [  # noqa: SIM118 (not a mapping)
+            "base_model.model.classifier.bias",
+            "base_model.model.classifier.weight",
+        ]
+    again = AutoPeftModel.from_pretrained(tmp_path)
+    inputs = {"input_ids": torch.full((1, 3, 4), 7), "attention_mask": torch.ones(1, 3, 4, dtype=torch.long)}
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_tags_are_scored_as_words_and_as_spans():
+    logits = np.eye(3)[[[0, 1, 2], [2, 2, 2]]]  # predicted: B-a I-a O, O O O
+    labels = np.array([[0, 1, IGNORED], [IGNORED, 0, 2]])
+    metrics = token_classification.metrics_of(["B-a", "I-a", "O"])
+    assert metrics(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4, "f1": 2 / 3}
+    assert token_classification.metrics_of(["DT", "NN", "B-"])(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4}
+
+
+def test_columns_of_conll_are_words_and_tags(tmp_path):
+    (tmp_path / "a.conll").write_text("a\tX\nb\tY\n\nc\tX\n", encoding="utf-8")
+    assert shared.load_file("train_file", str(tmp_path / "a.conll"))[:] == {
+        "tokens": [["a", "b"], ["c"]],
+        "tags": [["X", "Y"], ["X"]],
+    }
+
+
+def test_every_choice_is_read_beside_what_all_have_in_common():
+    assert multiple_choice.pairs(CHOICES[0]) == (["it is 0"] * 3, ["cat", "oak", "ox"])
+    row = SWAG[0] | {f"ending{i}": str(i) for i in range(11)}
+    assert multiple_choice.pairs(row) == (["it ran"] * 11, [f"a cat {i}" for i in range(11)])
+
+
+def test_two_classes_have_an_f1_and_all_have_a_correlation():
+    logits = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    figures = text_classification.metrics(EvalPrediction(logits, np.array([0, 0, 1, 1])))
+    assert figures == pytest.approx({"accuracy": 0.75, "matthews_correlation": 3**-0.5, "f1": 0.8})
+    assert "f1" not in text_classification.metrics(EvalPrediction(np.eye(3), np.arange(3)))
+
+
+def test_a_task_of_glue_is_asked_for_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(shared, "load_dataset", lambda *names, revision: asked.append(names) or {})
+    shared.load_splits(text_classification.TextArguments("model", task_name="mrpc"))
+    assert asked == [("nyu-mll/glue", "mrpc")]
+
+
+def encoded(rows, model, **fields):
+    """Training windows and test windows of rows, and the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    arguments = AnswerArguments("", max_seq_length=fields.pop("max_seq_length", 60), doc_stride=8, **fields)
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    train = question_answering.encode_train(dict(batch), tokenizer, arguments)
+    test = question_answering.encode_test(batch, list(range(len(rows))), tokenizer, arguments)
+    return train, Dataset.from_dict(test), tokenizer, arguments
+
+
+def test_an_answer_is_marked_by_its_first_and_last_token(tiny_bert):
+    train, test, tokenizer, _ = encoded(QUESTIONS, tiny_bert)
+    spelled = [
+        tokenizer.decode(ids[start : end + 1]).replace(" ", "")
+        for ids, start, end in zip(train["input_ids"], train["start_positions"], train["end_positions"], strict=True)
+    ]
+    assert spelled == ["acat", "may", "[CLS]"]
+    assert test["row"][:] == [0, 1, 2]
+
+
+def test_a_long_context_has_windows_and_the_answer_is_marked_where_it_is(tiny_bert):
+    train, test, *_ = encoded(QUESTIONS[:2], tiny_bert, max_seq_length=24)
+    assert test["row"][:] == [0, 0, 0, 1, 1]
+    assert [start > 0 for start in train["start_positions"]] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_answers_come_back_from_the_logits_of_the_right_tokens(tiny_bert, strict):
+    train, test, _, arguments = encoded(QUESTIONS, tiny_bert, max_seq_length=24, version_2_with_negative=strict)
+    width = max(map(len, train["input_ids"]))
+    starts, ends = np.zeros((2, len(test), width))
+    for window, (start, end) in enumerate(zip(train["start_positions"], train["end_positions"], strict=True)):
+        starts[window, start] = ends[window, end] = 5.0  # also [CLS], in windows without the answer
+    contexts = [row["context"] for row in QUESTIONS]
+    answers = question_answering.answers_of(starts, ends, test, contexts, arguments)
+    assert answers[:2] == ["a cat", "may"]
+    assert (answers[2] == "") == strict
+
+
+def test_a_span_is_in_the_context_not_too_long_and_the_right_way_round():
+    starts, ends = np.zeros(8), np.zeros(8)
+    starts[[1, 5]], ends[[2, 4, 6]] = [9, 3], [9, 2, 1]
+    assert question_answering.best_span(starts, ends, (3, 8), 20, 30) == (4.0, 5, 6)
+    assert question_answering.best_span(starts, ends, (3, 8), 20, 1) == (3.0, 5, 5)
+    assert question_answering.best_span(starts, ends, (3, 8), 1, 30) == (3.0, 5, 5), "the best end is before it"
+
+
+def test_squad_scores_words_without_articles_and_takes_the_best_answer():
+    scores = question_answering.squad_scores(["The cat.", "old oak", "x", ""], [["a cat"], ["oak", "elm"], ["y"], []])
+    assert scores == {"exact_match": 50.0, "f1": pytest.approx(100 * (1 + 2 / 3 + 0 + 1) / 4)}
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "message"),
+    [
+        (multiple_choice, [{"context": "a", "choices": ["b", "c"]}], r"there is no column \['label'\]"),
+        (
+            multiple_choice,
+            [{"context": "a", "choices": ["b", "c"], "label": 2}],
+            "column 'label': expected the number of the right choice, from 0 to 1, got 2",
+        ),
+        (question_answering, [{"question": "a", "answers": {"text": [], "answer_start": []}}], r"\['context'\]"),
+        (token_classification, [{"text": ["a"], "tags": ["X"]}], r"name the column with --text_column_name"),
+    ],
+)
+def test_scripts_name_the_column_that_is_missing(tiny_bert, tmp_path, script, rows, message):
+    with pytest.raises(SystemExit, match=message):
+        run(script, tiny_bert, tmp_path, train_file=rows * 10, test_file=rows)
+
+
+def test_a_tag_that_was_never_seen_is_named(tiny_bert, tmp_path: Path):
+    with pytest.raises(SystemExit, match="label 'B-bird' does not occur"):
+        run(
+            token_classification,
+            tiny_bert,
+            tmp_path,
+            train_file=TAGS,
+            test_file=[{"tokens": ["cat"], "ner_tags": ["B-bird"]}],
+        )
+
+
+def test_snapshots_of_a_cyclic_learning_rate_make_an_ensemble(tiny_bert, tmp_path):
+    cycles = ["--lr_scheduler_type", "cosine_with_restarts", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    run(token_classification, tiny_bert, tmp_path, *cycles, "--save_steps", "1", train_file=TAGS, test_file=TAGS)
+    base = AutoModelForTokenClassification.from_pretrained(tiny_bert, num_labels=3)
+    model = PeftModel.from_pretrained(base, tmp_path / "checkpoint-1", adapter_name="1")
+    model.load_adapter(tmp_path / "checkpoint-2", "2")
+    rows = [{"input_ids": torch.arange(5, 9)[None], "labels": torch.tensor([[0, 1, IGNORED, 2]])}]
+    logits = adapter_logits(model, ["1", "2"], rows)
+    assert logits.shape == (2, 3, 3)
+    assert not torch.equal(*logits)
+    assert ensemble(logits, "labels").shape == labels_of(rows).shape
+
+
+def test_what_the_readme_shows_loads_and_predicts(tiny_bert, tmp_path, monkeypatch, capsys):
+    heads = {
+        "out": (AutoModelForSequenceClassification, "SEQ_CLS", ["pet", "tree", "fish"]),
+        "tags": (AutoModelForTokenClassification, "TOKEN_CLS", ["O", "B-x", "I-x"]),
+        "choice": (AutoModelForMultipleChoice, None, []),
+        "answers": (AutoModelForQuestionAnswering, "QUESTION_ANS", []),
+    }
+    for name, (auto, task_type, labels) in heads.items():
+        base = auto.from_pretrained(tiny_bert, **({"num_labels": 3} if labels else {}))
+        get_peft_model(base, MaskConfig(task_type=task_type)).save_pretrained(tmp_path / name)
+        (tmp_path / name / "labels.json").write_text(json.dumps(labels))
+    text = Path(shared.__file__).with_name("README.md").read_text("utf-8")
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    monkeypatch.chdir(tmp_path)
+    source = "".join(blocks[:2]).replace("sentence-transformers/all-MiniLM-L6-v2", tiny_bert)
+    exec(compile(source, "examples/README.md", "exec"), {})
+    first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first in heads["out"][2]
+    assert {tag for _, tag in eval(second)} <= {"O", "B-x", "I-x"}
+    assert [word for word, _ in eval(second)] == ["Ada", "lives", "in", "Turin"]
+    assert third in ("It is orange.", "It does not taste good there.")

@@ -1,0 +1,153 @@
+"""The estimate of training memory: exact where it counts, an upper bound of what a step really holds."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import peak_bytes
+from peft_mask import MaskConfig, create_mask_optimizer, training_memory
+from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.training.memory import saved_bytes
+from tests.tiny_models import tiny_inputs, tiny_model
+from tests.versions import RUNS_ON_META
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+class Named(nn.Module):
+    """Takes its input by name, as transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+CONFIG = {"target_modules": ["mlp.0", "mlp.2"]}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_part_is_counted(device):
+    with torch.device(device):
+        model, inputs = Named(), {"x": torch.zeros(10, 8)}
+    memory = training_memory(model, MaskConfig(**CONFIG, candidates=0.25), inputs)
+    weights, biases = 128 + 64, 16 + 4
+    assert memory.parameters == 4 * (weights + biases)
+    assert memory.scores == (4 + 4) * weights // 4
+    assert memory.gradients == 4 * weights // 4
+    assert memory.optimizer == 0
+    values = 4 * 10 * (8 + 16)  # the input, and what ReLU and the second layer share
+    assert memory.activations == values + weights // 4 // 8, "with the masks of the candidates"
+    assert memory.transient == 2 * 4 * 128 + 16 * 32 + 2 * 4 * 10 * 16
+    assert memory.total == sum(vars(memory).values())
+    assert str(memory).endswith("total 0 MiB")
+
+
+def test_dtypes_optimizers_and_dense_scores_change_what_they_should():
+    with torch.device("meta"):
+        model, inputs = Named(), {"x": torch.zeros(10, 8)}
+
+    def memory(optimizer="sign", **fields):
+        return training_memory(model, MaskConfig(**CONFIG, **fields), inputs, optimizer)
+
+    assert memory(candidates=None).scores == 4 * 192
+    assert memory(candidates=None, scores_dtype="bfloat16").scores == 2 * 192
+    assert memory("adamw", candidates=None).optimizer == 8 * 192
+    assert memory("adamw_8bit", candidates=None).optimizer == 2 * 192
+    assert memory("adamw", candidates=None, scores_dtype="bfloat16").optimizer == 4 * 192
+    assert memory(candidates=None).gradients == 4 * 192
+    assert memory("sign_in_backward", candidates=None).gradients == 0
+    values = 4 * 10 * (8 + 16)
+    assert memory(candidates=None).activations == values + 192 // 8
+    assert memory(candidates=None, binarizer="threshold").activations == values, "each score is compared again"
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"candidates": None, "binarizer": "threshold"}])
+def test_masks_are_counted_where_autograd_keeps_them(fields):
+    inputs = {"x": torch.zeros(10, 8)}
+    expected = training_memory(Named(), MaskConfig(**CONFIG, **fields), inputs).activations
+    model = get_peft_model(Named(), MaskConfig(**CONFIG, **fields))
+    assert saved_bytes(model, inputs) == expected
+
+
+def test_an_unknown_optimizer_is_refused():
+    message = r"scores_optimizer must be one of \['sign', 'sign_in_backward', 'adamw', 'adamw_8bit'\], got 'adam'"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        training_memory(Named(), MaskConfig(**CONFIG), {"x": torch.zeros(10, 8)}, "adam")
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("bert")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    training_memory(model, MaskConfig(task_type="SEQ_CLS"), tiny_inputs(model, labels=True))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not [module for module in model.modules() if isinstance(module, MaskLayer)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"scores_dtype": "bfloat16"}])
+def test_a_step_holds_no_more_than_the_estimate_and_not_much_less(fields):
+    model, inputs, width = Named(), {"x": torch.randn(256, 512)}, 512
+    model.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    memory = training_memory(model, MaskConfig(**CONFIG, **fields), inputs)
+    model = get_peft_model(model, MaskConfig(**CONFIG, **fields))
+    optimizer = create_mask_optimizer(model)
+
+    def step():
+        model(**inputs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    expected = memory.total - memory.parameters - memory.scores - inputs["x"].nbytes
+    assert 0.6 * expected < peak_bytes(step) < 1.2 * expected
+
+
+def test_steps_within_the_backward_pass_hold_one_gradient_at_a_time():
+    width, layers = 256, 24
+    peaks = {}
+    for in_backward in (False, True):
+        base = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+        config = MaskConfig(target_modules=[str(i) for i in range(layers)], candidates=None)
+        model, x = get_peft_model(base, config), torch.randn(4, width)
+        optimizer = create_mask_optimizer(model)
+        if in_backward:
+            optimizer.step_in_backward()
+
+        def step(model=model, optimizer=optimizer, x=x):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        peaks[in_backward] = peak_bytes(step)
+    gradient = 4 * width**2
+    assert peaks[False] > layers * gradient
+    assert peaks[True] < layers / 2 * gradient  # one, and a few tensors of its size that any step makes
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+def test_a_seven_billion_parameter_llama_is_counted_without_having_one():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(dtype="bfloat16")).to(torch.bfloat16)
+        inputs = {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
+    memory = training_memory(model, MaskConfig(), inputs)
+    masked = sum(m.weight.numel() for name, m in model.model.named_modules() if isinstance(m, nn.Linear))
+    assert memory.scores == pytest.approx(0.8 * masked, rel=1e-3)
+    assert memory.scores + memory.gradients < memory.parameters
+
+
+def test_what_autograd_keeps_is_counted_once():
+    x = torch.randn(10, 8, requires_grad=True)
+    layer = nn.Linear(8, 3)
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return layer(x) + (x * x).sum()
+
+    assert saved_bytes(Twice(), {"x": x}) == x.nbytes + layer.weight.nbytes  # `layer` is not this model's own
