@@ -23,8 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from attacks.victim import CONFIG, WEIGHTS, quiet
-from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
-from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask import MaskCallback, MaskConfig, MaskLayer, SparsitySchedule, create_mask_optimizer
 
 STEPS = 12
 BUDGET = {"target_sparsity": 0.05}

@@ -24,11 +24,10 @@ from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Setting, train, untrained
 from benchmarks.harness import in_turn, report, table
 from benchmarks.switch import base_model
-from peft_mask import MaskConfig
+from peft_mask import MaskConfig, MaskLayer
 from peft_mask.format.fingerprint import fingerprint_of
 from peft_mask.format.packing import entropy_bits, pack_bits
 from peft_mask.format.record import read_record, write_record
-from peft_mask.layers.mask_layer import MaskLayer
 
 SPARSITIES = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 0.5)
 FILE = "adapter_model.safetensors"

@@ -26,9 +26,8 @@ from transformers.utils import logging
 from attacks.doors import Peak
 from benchmarks.harness import in_turn, report, table
 from benchmarks.switch import copier
-from peft_mask import MaskConfig, Masks
+from peft_mask import MaskConfig, MaskLayer, Masks
 from peft_mask.format.packing import bits_from_positions, pack_bits, unpack_bits
-from peft_mask.layers.mask_layer import MaskLayer
 
 BLOCKS = (42, 83, 167)  # of BERT: 253, 499 and 1,003 masked layers
 MATRIX = (65536, 8192)

@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.harness import peak_bytes, report, table, wait_for
 from benchmarks.memory import LLAMA_1B
-from peft_mask import MaskConfig, SignAdamW, create_mask_optimizer
-from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask import MaskConfig, MaskLayer, SignAdamW, create_mask_optimizer
 
 # "7B" is what transformers makes of a Llama without further fields
 SHAPES: dict[str, dict[str, Any]] = {"1B": LLAMA_1B, "7B": {}}

@@ -19,8 +19,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.harness import in_turn, peak_bytes, report, table
 from benchmarks.step import MODELS
-from peft_mask import MaskConfig
-from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask import MaskConfig, MaskLayer
 
 SPARSITIES = (0.005, 0.01, 0.02, 0.05)
 

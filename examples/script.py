@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from examples.tagging import read_columns
-from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
-from peft_mask.training.training import HEAD_LR
+from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
 FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".conll": "columns"}
 LABEL_COLUMNS = ("label", "labels", "intent", "category")

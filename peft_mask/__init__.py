@@ -1,43 +1,25 @@
 """Masks as a PEFT method: learn which weights of a pretrained model to keep.
 
 Importing the package registers the method with PEFT, as type `PEFT_MASK`; an adapter can be loaded only after it.
+Whatever users need is here or in `peft_mask.analysis`. `Masks` is here without PEFT,
+too: a program that only reads and writes masks needs torch, numpy and safetensors.
 """
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from typing import TYPE_CHECKING
 
 from peft_mask.format.masks import Masks
-from peft_mask.model.hotswap import hotswap_adapter
-from peft_mask.model.mask_model import MaskModel
-from peft_mask.model.state import keep_scores
-from peft_mask.settings.card import update_model_card
-from peft_mask.settings.config import MaskConfig, MaskType
-from peft_mask.training.callback import MaskCallback
-from peft_mask.training.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
-from peft_mask.training.memory import TrainingMemory, training_memory
-from peft_mask.training.schedule import SparsitySchedule
-from peft_mask.training.sign_adamw import SignAdamW
-from peft_mask.training.training import (
-    MaskStatistics,
-    create_mask_optimizer,
-    fill_budget,
-    saliency_candidates,
-    spend_budget,
-)
-from peft_mask.training.tuning import hold_zeros
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HEAD_LR",
+    "MASK_LR",
     "DecayTowardKept",
     "GradientDropout",
     "HoldSparsity",
     "MaskCallback",
     "MaskConfig",
+    "MaskLayer",
     "MaskModel",
     "MaskStatistics",
     "Masks",
@@ -56,7 +38,41 @@ __all__ = [
     "update_model_card",
 ]
 
-PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig
-PEFT_TYPE_TO_TUNER_MAPPING[MaskType.PEFT_MASK] = MaskModel
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MaskType.PEFT_MASK] = MaskModel
-PEFT_TYPE_TO_PREFIX_MAPPING[MaskType.PEFT_MASK] = MaskModel.prefix
+try:
+    import peft
+    import transformers  # noqa: F401
+except ImportError as error:
+    _reason = error  # `error` is gone after this block
+
+    if not TYPE_CHECKING:  # or every name would be one of this module's
+
+        def __getattr__(name: str) -> object:
+            if name not in __all__:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise ImportError(
+                f"peft_mask.{name} needs PEFT and transformers, and these cannot be imported here: {_reason}. "
+                "Install them (pip install peft transformers); reading and writing masks with peft_mask.Masks works "
+                "without."
+            ) from _reason
+else:
+    from peft_mask.layers.mask_layer import MaskLayer
+    from peft_mask.model.hotswap import hotswap_adapter
+    from peft_mask.model.mask_model import MaskModel
+    from peft_mask.model.state import keep_scores
+    from peft_mask.settings.card import update_model_card
+    from peft_mask.settings.config import MaskConfig, MaskType
+    from peft_mask.training.callback import MaskCallback
+    from peft_mask.training.control import DecayTowardKept, GradientDropout, HoldSparsity, SparsityPenalty
+    from peft_mask.training.memory import TrainingMemory, training_memory
+    from peft_mask.training.optimizer import HEAD_LR, MASK_LR, create_mask_optimizer
+    from peft_mask.training.saliency import saliency_candidates
+    from peft_mask.training.schedule import SparsitySchedule
+    from peft_mask.training.sign_adamw import SignAdamW
+    from peft_mask.training.spending import fill_budget, spend_budget
+    from peft_mask.training.statistics import MaskStatistics
+    from peft_mask.training.tuning import hold_zeros
+
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[MaskType.PEFT_MASK] = MaskModel
+    peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[MaskType.PEFT_MASK] = MaskModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MaskType.PEFT_MASK] = MaskModel.prefix

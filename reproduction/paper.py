@@ -40,8 +40,7 @@ from examples import multiple_choice, text_classification, token_classification
 from examples.script import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
 from examples.text_classification import TextArguments
 from examples.token_classification import TagArguments
-from peft_mask import MaskConfig, create_mask_optimizer
-from peft_mask.training.training import MaskStatistics
+from peft_mask import MaskConfig, MaskStatistics, create_mask_optimizer
 
 FIRST_BLOCK = 2  # the lowest that is masked, of BERT's and RoBERTa's twelve and of DistilBERT's six
 PATIENCE = 2  # epochs without a better evaluation

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from peft_mask import MaskConfig
 from peft_mask.analysis import paper_config, storage
 from peft_mask.analysis.plots import Line, plot_lines
-from peft_mask.settings.config import DEFAULT_SPARSITY
 from reproduction.models import Models
 from reproduction.scale import Scale
 
@@ -23,7 +22,7 @@ def run(models: Models, scale: Scale) -> dict[str, Any]:
     with torch.device("meta"):
         bert = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert"))
     raw = storage(bert, paper_config())
-    coded = storage(bert, MaskConfig(task_type="SEQ_CLS"), DEFAULT_SPARSITY)
+    coded = storage(bert, MaskConfig(task_type="SEQ_CLS"), MaskConfig().target_sparsity)
     rows = [
         {
             "tasks": tasks,

@@ -20,7 +20,7 @@ from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 from benchmarks.accuracy.model import model_class
 from benchmarks.accuracy.sizes import measure
 from benchmarks.accuracy.tasks import IGNORED, Rows, Split, Task, load_rows, training_batches
-from peft_mask.training.training import MaskStatistics
+from peft_mask import MaskStatistics
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from examples.demo.tasks import BaseModel, Task
 from examples.script import file_bytes
-from peft_mask import MaskCallback, MaskConfig, Masks, create_mask_optimizer
-from peft_mask.training.training import HEAD_LR
+from peft_mask import HEAD_LR, MaskCallback, MaskConfig, Masks, create_mask_optimizer
 
 HEAD = "classifier"  # the module that transformers adds for the task
 

@@ -21,8 +21,8 @@ from peft_mask.format.fingerprint import Fingerprint
 from peft_mask.format.packing import bits_shape, count_zeros, entropy_bits, pack_bits
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import MAX_BYTES, Header, read_header, read_record, write_record
-from peft_mask.tensors.stored import BIAS
 
+BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _ADVICE = "If an upgrade of peft_mask does not help, download or save the file again."
 _PREFIX, _SUFFIX = "base_model.model.", ".peft_mask_bits"

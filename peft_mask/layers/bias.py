@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peft_mask.format.mask_file import BIAS
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.settings.config import MaskConfig
-from peft_mask.tensors.stored import BIAS, StoredWeight
+from peft_mask.tensors.stored import StoredWeight
 
 
 def stored_bias(base_layer: nn.Module) -> StoredWeight | None:

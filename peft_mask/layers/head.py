@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from peft_mask.format.mask_file import BIAS
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.tensors.stored import BIAS
 
 STANDARD_DEVIATION = 0.02  # of BERT's own new layers
 

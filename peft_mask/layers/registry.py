@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_mask.format.mask_file import BIAS
 from peft_mask.layers.bias import LayerWithBias, stored_bias
 from peft_mask.layers.convolution import Conv
 from peft_mask.layers.embedding import Embedding
@@ -12,7 +13,7 @@ from peft_mask.layers.linear import Linear, QuantizedLinear
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.stand_in import MultiheadAttention, out_proj_name
 from peft_mask.tensors.quantized import quantization_backend, quantized_reason, quantized_weight
-from peft_mask.tensors.stored import BIAS, StoredWeight
+from peft_mask.tensors.stored import StoredWeight
 
 
 def stored_weights(module: nn.Module, name: str, biases: bool = False) -> dict[str, StoredWeight]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.state import adapter_bytes
@@ -175,6 +176,15 @@ class ScoredAdapters(BaseTuner):
                 f"the adapter '{adapter_name}' has no budget: its binarizer is "
                 f'{self.peft_config[adapter_name].binarizer!r}. Train it with binarizer="topk".'
             )
+
+
+def trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
+    """Yield name, layer and adapter of all scores of a model that are trained; the name holds the adapter's."""
+    for name, module in model.named_modules():
+        if isinstance(module, MaskLayer):
+            for adapter_name, parameter in module.peft_mask_scores.items():
+                if parameter.requires_grad:
+                    yield f"{name}.{adapter_name}", module, adapter_name
 
 
 def _check_modules(what: str, given: Mapping[str, Any], layers: Mapping[str, MaskLayer]) -> None:

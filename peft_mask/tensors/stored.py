@@ -13,7 +13,6 @@ from torch import nn
 from peft_mask.tensors.elements import put, take
 from peft_mask.tensors.sharded import is_flattened, is_taken_away, shape_of
 
-BIAS = ".bias_mask"  # what the name of a bias' mask has behind that of the module
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
 

@@ -14,7 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from peft_mask.model.checkpoint import put_scores_back, set_scores_aside
 from peft_mask.model.state import keep_scores
 from peft_mask.training.schedule import SparsitySchedule
-from peft_mask.training.training import MaskStatistics, budgets, fill_budget, spend_budget
+from peft_mask.training.spending import budgets, fill_budget, spend_budget
+from peft_mask.training.statistics import MaskStatistics
 
 
 class MaskCallback(TrainerCallback):

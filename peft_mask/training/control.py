@@ -16,21 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.scored import trained_scores
 from peft_mask.scores.binarize import binarize_threshold
 from peft_mask.scores.init import restart_margin
 from peft_mask.scores.order import nth_lowest
 from peft_mask.settings.fields import check_number
 from peft_mask.tensors.noise import uniform_like
 from peft_mask.tensors.sharded import absolute_sum, check_can_change, local, local_part, whole
-
-
-def trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
-    """Yield name, layer and adapter of all scores of a model that are trained; the name holds the adapter's."""
-    for name, module in model.named_modules():
-        if isinstance(module, MaskLayer):
-            for adapter_name, parameter in module.peft_mask_scores.items():
-                if parameter.requires_grad:
-                    yield f"{name}.{adapter_name}", module, adapter_name
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from peft_mask import MaskConfig, Masks
+from peft_mask.format.mask_file import BIAS
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.tensors.stored import BIAS, StoredWeight
+from peft_mask.tensors.stored import StoredWeight
 
 
 class Experts(nn.Module):

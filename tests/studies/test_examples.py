@@ -19,7 +19,7 @@ from examples.demo.report import table
 from examples.demo.tasks import DATA, BaseModel, Task
 from examples.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask import MaskConfig, Masks
-from peft_mask.training.training import HEAD_LR
+from peft_mask.training.optimizer import HEAD_LR
 from tests.processes import launch
 
 SPLITS = ("train", "test")
