@@ -6,9 +6,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_mask import MaskConfig, create_mask_optimizer, stored
+from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.targets import head_modules
+from peft_mask.tensors import stored
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_inputs, tiny_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

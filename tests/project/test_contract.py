@@ -146,6 +146,8 @@ HOOKS = [
     Hook("peft.utils:load_peft_weights", "hotswap_adapter", ("model_id", "device")),
     Hook("peft.utils:infer_device", "hotswap_adapter", ()),
     Hook("peft.utils:SAFETENSORS_WEIGHTS_NAME", "the file whose scores are kept from uploads"),
+    Hook("peft.utils:CONFIG_NAME", "the file that a control of an adapter is a copy of"),
+    Hook("transformers.models.auto.configuration_auto:CONFIG_MAPPING", "tells model types from paths in a command"),
     Hook(
         "transformers.core_model_loading:set_param_for_module",
         "sets a loaded buffer as an attribute of our BitsDict, after it compared its shape",
