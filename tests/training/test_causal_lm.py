@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -105,6 +106,9 @@ def test_what_is_printed_is_the_perplexity_of_what_is_saved(tiny_llama, tmp_path
             losses[name] = model(input_ids=blocks, labels=blocks).loss
         assert figures[name]["pets"] == pytest.approx(losses[name].exp().item(), rel=1e-5)
     assert losses["pets"] != losses["__base__"]
+    card = ModelCard.load(tmp_path / "out" / "pets" / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [figures["pets"]["pets"]]
+    assert f"python -m examples.causal_lm --model_name_or_path {tiny_llama}" in card.text
 
 
 def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
@@ -131,6 +135,8 @@ def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
         (["--train_files", "TEXTS", "--text_column", "body"], r"there is no column 'body', the file has \['text'\]"),
         (["--train_files", "NUMBERS"], r"column 'text' holds int64, not texts; see --text_column"),
         (["--train_files", "LISTS"], r"column 'text' holds lists, not texts; see --text_column"),
+        (["--train_files", "BLANK"], r"blank.jsonl: column 'text' is empty in every row; expected texts"),
+        (["--train_files", "ONE"], r"one.jsonl: one text cannot be both learned and held out; .* --test_files"),
         (
             ["--train_files", "TEXTS", "--block_size", "4096"],
             r"\d+ tokens, less than one block: lower --block_size 4096",
@@ -140,7 +146,7 @@ def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
     ],
 )
 def test_wrong_input_is_named(tiny_llama, tmp_path, arguments, message):
-    files = {"TEXTS": PETS, "NUMBERS": [1, 2], "LISTS": [["a"], ["b"]]}
+    files = {"TEXTS": PETS, "NUMBERS": [1, 2], "LISTS": [["a"], ["b"]], "BLANK": ["", ""], "ONE": ["a"]}
     paths = {name: write(tmp_path / f"{name.lower()}.jsonl", texts) for name, texts in files.items()}
     with pytest.raises(SystemExit, match=message):
         run_causal_lm(tiny_llama, tmp_path / "out", *(paths.get(argument, argument) for argument in arguments))
