@@ -14,6 +14,7 @@ from torch import nn
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.format.packing import unpack_bits, zero_positions
 from peft_mask.layers.bits import BitsDict
+from peft_mask.layers.resting import Rest, Resting
 from peft_mask.layers.rows import BASE, forward_rows
 from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
 from peft_mask.scores.functional import apply_mask, masked_weight
@@ -44,6 +45,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.peft_mask_bits = BitsDict()
         self.peft_mask_positions = BufferDict(persistent=True)
         self._rules: dict[str, Rule] = {}  # of adapters with scores
+        self._versions: dict[str, int] = {}  # of scores when they were made, as autograd counts changes
+        self._resting = Resting()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
@@ -71,6 +74,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
                 self.set_sparsity(adapter_name, config.target_sparsity)
             self._move_adapter_to_device_of_base_layer(adapter_name)
+            if adapter_name in self.peft_mask_scores:
+                self._versions[adapter_name] = _version(self.peft_mask_scores[adapter_name])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _get_available_adapters(self) -> set[str]:
@@ -117,6 +122,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
         self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape)
+        self._resting.let_go(adapter_name)
+
+    def rest(self, adapter_name: str, zeros: int | None, warning: str | None = None) -> None:
+        """Hold the mask of an adapter with scores to so many zeros, and keep a warning, until it is trained."""
+        self._resting.begin(adapter_name, Rest(zeros, warning))
+
+    def zeros_at_rest(self, adapter_name: str) -> int | None:
+        """Return how many weights the mask of an adapter is held to until it is trained, or None."""
+        return self._resting.zeros(adapter_name)
+
+    def scores_changed(self, adapter_name: str) -> bool:
+        """Return whether the scores of an adapter were trained, set or loaded since they were made."""
+        return _version(self.peft_mask_scores[adapter_name]) != self._versions.get(adapter_name)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
@@ -178,7 +196,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "
                 f"contain {int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
             )
-        return self.rule(adapter_name).packed_mask(scores, self.mask_shape, self.positions(adapter_name))
+        most = self.zeros_at_rest(adapter_name)
+        return self.rule(adapter_name).packed_mask(scores, self.mask_shape, self.positions(adapter_name), most)
 
     def _zero_positions(self, adapter_name: str) -> torch.Tensor:
         """Return where the adapter's mask is off: row-major positions, int32 wherever these reach."""
@@ -191,6 +210,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
         self._rules.pop(adapter_name, None)
+        self._resting.pop(adapter_name, None)
+        self._versions.pop(adapter_name, None)
 
     # ---- merging ----
 
@@ -267,10 +288,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        rule = self.rule(adapter_name)
+        scores = self._resting.until_trained(adapter_name, scores)
+        rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
         mask = None
         if positions is not None or not rule.plain:  # else these functions have a fast path
-            mask = (rule.mask_in_training if self.training else rule.mask)(scores.detach())
+            drawn = self.training and most is None
+            mask = rule.mask_in_training(scores.detach()) if drawn else rule.mask(scores.detach(), most)
         return rule.estimator(scores), mask, positions
 
     def masked_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
@@ -316,3 +339,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version

@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft_mask.format.packing import count_zeros
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
+from peft_mask.model.restored import rebuilt_scores
+from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named
 from peft_mask.settings.config import MaskConfig
 
 
@@ -65,3 +67,5 @@ def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_nam
         if current is not None and positions is not None:
             current.copy_(positions)
     layer.peft_mask_bits.close(adapter_name)
+    if layer.has_budget(adapter_name):  # scores that come yet may be of a budget that was growing, with more below zero
+        layer.rest(adapter_name, count_zeros(bits, layer.mask_shape))

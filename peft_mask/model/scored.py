@@ -145,6 +145,7 @@ class ScoredAdapters(BaseTuner):
         with torch.no_grad():
             for module, layer in layers.items():
                 layer.peft_mask_scores[name].copy_(new[module])
+                layer.rest(name, None)  # what a mask of other scores was held to is no matter of these
 
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:

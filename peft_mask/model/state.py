@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from peft_mask.format.fingerprint import UNKNOWN
-from peft_mask.format.packing import count_zeros, unpack_bits
+from peft_mask.format.packing import count_zeros
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import read_record, write_record
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.beside import FSDP_PREFIX, PEFT_PREFIX, own_tensors
+from peft_mask.model.restored import checked_scores, rebuilt_scores
 from peft_mask.scores.budget import file_bytes
-from peft_mask.scores.candidates import choose_candidates
-from peft_mask.scores.functional import per_weight
 from peft_mask.scores.init import restart_margin
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_sharded, is_taken_away, shape_of
@@ -103,7 +102,8 @@ def records_of_adapter(
         if scores is None:
             bits = state_dict[bits_key]
         else:
-            bits = layer.rule(adapter_name).packed_mask(scores, shape, layer.positions(adapter_name))
+            most = layer.zeros_at_rest(adapter_name)
+            bits = layer.rule(adapter_name).packed_mask(scores, shape, layer.positions(adapter_name), most)
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
             tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
@@ -183,6 +183,9 @@ def state_from_records(
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
     others = own_tensors(model, adapter_name, others)
     rebuilt = False
+    restored: dict[
+        str, tuple[float | None, int | None]
+    ] = {}  # budget of layers with scores, and zeros if these are less
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():
         bits = checked_bits(name, layer, records[name], config)
@@ -191,35 +194,35 @@ def state_from_records(
             continue
         parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
         if name in scores:
-            if positions is not None:
-                positions = _checked_positions(name, candidates.get(name), layer.unmerged_weight(), parameter)
-            value = scores[name]
-            off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
-            if not _are_scores(value, parameter) or not torch.equal(
-                layer.rule(adapter_name).packed_mask(value, layer.mask_shape, positions, most=off), bits
-            ):
-                raise ValueError(
-                    f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "
-                    "is damaged, or its adapter_config.json was changed."
-                )
+            value, kept = scores[name], candidates.get(name)
+            positions, restored[name] = checked_scores(name, layer, adapter_name, config, bits, value, kept)
         else:
             value, positions = rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
+            restored[name] = config.target_sparsity, None
             rebuilt = True
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
             loaded[f"{path}{_POSITIONS}.{adapter_name}"] = positions
+    warning = None
     if rebuilt:
-        warnings.warn(
+        warning = (
             f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
             f"({restart_margin(config):g}) above or below the threshold. Training goes on from the mask, but not as if "
-            "it had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
-            stacklevel=2,
+            "it had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints."
         )
-    for path, layer in layers.values():  # now that all masks are accepted, in place of room for their records
+        # into scores that were trained already a training may also load its best masks, and end
+        if not any(layer.scores_changed(adapter_name) for _, layer in layers.values()):
+            warnings.warn(warning, stacklevel=2)
+            warning = None
+    for name, (path, layer) in layers.items():  # now that all masks are accepted, in place of room for their records
         if (bits_key := f"{path}{BITS}.{adapter_name}") in loaded:
             layer.peft_mask_bits.fill(adapter_name, loaded[bits_key])
-        else:
-            layer.peft_mask_bits.close(adapter_name)
+            continue
+        layer.peft_mask_bits.close(adapter_name)
+        sparsity, zeros = restored[name]
+        layer.set_sparsity(adapter_name, sparsity)
+        layer.rest(adapter_name, zeros, warning)
+        warning = None  # once is enough
     return others | loaded
 
 
@@ -270,57 +273,3 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
                 'adapter_config.json, or, to load it all the same, set "check_base": false there.'
             )
     return record.bits
-
-
-def rebuilt_scores(
-    name: str, layer: MaskLayer, bits: torch.Tensor, config: MaskConfig, sparse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores that come to the mask `bits`, and their positions if there are to be candidates."""
-    weight, positions = layer.unmerged_weight(), None
-    mask = unpack_bits(bits, weight.shape)
-    if sparse:
-        off = (~mask).reshape(-1).nonzero().squeeze(1)
-        try:
-            positions = choose_candidates(weight, config, name, include=off)
-        except ValueError as error:
-            raise ValueError(
-                f"cannot train the mask of '{name}' on: {error}. Set candidates to a larger fraction in the adapter's "
-                "adapter_config.json, or to null."
-            ) from error
-        assert positions is not None
-        mask = mask.reshape(-1)[positions.to(mask.device).long()]
-    margin = restart_margin(config)
-    scores = torch.where(mask, margin, -margin)
-    if config.group is not None or config.structure != "weight":
-        rule = layer.rule_for(config, name)
-        scores = scores[tuple(slice(None, None, step) for step in rule.unit)]  # one of each block
-        if not torch.equal(per_weight(rule.mask(scores), mask.shape), mask):
-            field = f"pattern={config.pattern!r}" if config.group else f"structure={config.structure!r}"
-            raise ValueError(
-                f"cannot train the mask of '{name}' on: it is not of the kind that {field} in the adapter's "
-                "adapter_config.json says. Is it a combination of several?"
-            )
-    return scores, positions
-
-
-def _are_scores(value: torch.Tensor, parameter: torch.Tensor) -> bool:
-    real = value.is_floating_point() and value.dtype.itemsize > 1
-    return real and value.shape == parameter.shape and not bool(value.isnan().any())
-
-
-def _checked_positions(
-    name: str, positions: torch.Tensor | None, weight: torch.Tensor, parameter: torch.Tensor
-) -> torch.Tensor:
-    if (
-        positions is None
-        or positions.dtype not in (torch.int32, torch.int64)
-        or positions.shape != parameter.shape
-        or not ((positions >= 0) & (positions < weight.numel())).all()
-        or not (positions.diff() > 0).all()
-    ):
-        raise ValueError(
-            f"cannot load the scores of '{name}': which weights they belong to is missing or malformed "
-            f"(expected {parameter.numel()} ascending positions below {weight.numel()}). The checkpoint is damaged, or "
-            "its adapter_config.json was changed."
-        )
-    return positions

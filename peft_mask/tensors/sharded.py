@@ -69,6 +69,12 @@ def is_flattened(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
+def is_in_parts(parameter: torch.Tensor) -> bool:
+    """Return whether FSDP or DeepSpeed keeps a parameter, or what it trains in its place, in its own way."""
+    zero = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    return zero or is_sharded(parameter) or is_flattened(parameter)
+
+
 def check_can_change(parameter: torch.Tensor, what: str) -> None:
     """Raise a `RuntimeError` if DeepSpeed trains a parameter: it does that in a copy of its own, in its own time."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):

@@ -228,8 +228,9 @@ def encoder_trainer(model, folder, **arguments):
     pairs = {"anchor": [text(i) for i in range(8)], "positive": [text(i + 1) for i in range(8)]}
     return SentenceTransformerTrainer(
         model,
-        SentenceTransformerTrainingArguments(str(folder), max_steps=2, **(SETTINGS | arguments)),
+        SentenceTransformerTrainingArguments(str(folder), **(SETTINGS | {"max_steps": 2} | arguments)),
         train_dataset=Dataset.from_dict(pairs),
+        eval_dataset=Dataset.from_dict(pairs),
         loss=MultipleNegativesRankingLoss(model),
         optimizers=(create_mask_optimizer(model), None),
         callbacks=[MaskCallback()],
@@ -280,6 +281,26 @@ def test_a_checkpoint_of_a_sentence_transformer_is_whole_though_its_trainer_does
     trained_on = SentenceTransformer(encoder)
     trained_on.load_adapter(checkpoint, is_trainable=True)
     assert equal(scores(trained_on), scores(model))
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "task"])
+def test_the_best_model_of_a_sentence_transformer_is_loaded_with_all_that_was_trained(encoder, tmp_path, adapter_name):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    base = SentenceTransformer(encoder)
+    SentenceTransformer(modules=[*base, Dense(32, 16)]).save_pretrained(str(tmp_path / "base"))
+    model = SentenceTransformer(str(tmp_path / "base"))
+    model.add_adapter(MaskConfig(task_type="FEATURE_EXTRACTION", target_sparsity=0.05), adapter_name=adapter_name)
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first is the best
+    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = encoder_trainer(model, tmp_path / "run", load_best_model_at_end=True, **best, **steps)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert trainer.state.best_global_step == 2
+    assert len(set(losses.values())) == 3
+    assert trainer.evaluate()["eval_loss"] == losses[2]
+    assert (model.encode(SENTENCES) == SentenceTransformer(str(tmp_path / "run/checkpoint-2")).encode(SENTENCES)).all()
 
 
 # ---- diffusers ----
