@@ -76,6 +76,10 @@ class BitsDict(BufferDict):
         if adapter_name in self._receivers:
             del self[adapter_name]
 
+    def is_open(self, adapter_name: str) -> bool:
+        """Return whether there is a mask to come for an adapter, or room for its record."""
+        return adapter_name in self._awaited or adapter_name in self._receivers
+
     def check_filled(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the mask of an adapter was never loaded."""
         if adapter_name in self._awaited:

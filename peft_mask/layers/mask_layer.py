@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._stashes: list[Displaced] = []  # one a merge
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
+        self._checks: dict[str, Callable[[], None]] = {}  # of adapters that are loaded by name, until they are
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -212,6 +213,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._rules.pop(adapter_name, None)
         self._resting.pop(adapter_name, None)
         self._versions.pop(adapter_name, None)
+        self._checks.pop(adapter_name, None)
+
+    def check_when_filled(self, adapter_name: str, check: Callable[[], None] | None) -> None:
+        """Let an adapter whose mask comes by name be checked once it is there; None: not any more."""
+        self._checks.pop(adapter_name, None)
+        if check is not None:
+            self._checks[adapter_name] = check
+
+    def train(self, mode: bool = True) -> MaskLayer:
+        # transformers' load_adapter ends with `eval()`, the only word that it says when everything has come
+        for adapter_name in [name for name in self._checks if not self.peft_mask_bits.is_open(name)]:
+            self._checks.pop(adapter_name)()
+        return super().train(mode)
 
     # ---- merging ----
 

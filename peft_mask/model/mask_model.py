@@ -18,6 +18,8 @@ from peft_mask.layers.head import draw_head
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.checksums import checksums_of
+from peft_mask.model.embeddings import bring_in, embeddings_of, thaw
 from peft_mask.model.mixed import rows_of
 from peft_mask.model.native import make_room, record_sizes
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
@@ -189,6 +191,9 @@ class MaskModel(ScoredAdapters):
         for module in self.model.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
                 first = module.modules_to_save[adapters[0]]
+                if adapter_name not in module.modules_to_save:  # an embedding that came with the first
+                    path = next(path for path, found in embeddings_of(self.model).items() if found is module)
+                    bring_in(self.model, adapter_name, {path: first.state_dict()})
                 module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
 
     # ---- merging ----
@@ -237,7 +242,9 @@ class MaskModel(ScoredAdapters):
                     module.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             self.unmerge_adapter()
-        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
+        unloaded = cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
+        thaw(unloaded)
+        return unloaded
 
     def _is_merged(self, adapter_name: str) -> bool:
         return any(adapter_name in layer.merged_adapters for layer in _mask_layers(self.model))
@@ -292,7 +299,15 @@ class MaskModel(ScoredAdapters):
         tensors = records_of_adapter(model, adapter_name, state_dict, config.portable)
         if tensors:  # the configuration is written after them, and beside them
             config.record_bytes = record_sizes(tensors, adapter_name)
+            config.checksums = checksums_of(model, config, adapter_name, state_dict, tensors)
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # what an adapter trained of an embedding comes twice: by PEFT's name for it, and by that in the file
+        return super()._remove_adapter_name_from_key(
+            key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -318,6 +333,7 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
         layers_to_transform=None,
         layers_pattern=None,
         target_bytes=None,
+        checksums=None,
         target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
     )
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_mask.format.checksums import check
 from peft_mask.format.packing import count_zeros
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.beside import own_by_name
 from peft_mask.model.restored import rebuilt_scores
 from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named
 from peft_mask.settings.config import MaskConfig
@@ -53,6 +56,27 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
     for name, size in sizes.items():
         layer = layers[name]
         layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, name))
+    if config.checksums is not None and config.inference_mode:
+        first = layers[min(layers)]
+        first.check_when_filled(adapter_name, partial(_check_beside, model, adapter_name, config.checksums))
+
+
+def _check_beside(model: nn.Module, adapter_name: str, checksums: Mapping[str, Any]) -> None:
+    """Refuse an adapter that came by name if what it trained whole is not what was saved; it has no mask then."""
+    layers = layers_of_adapter(model, adapter_name)
+    if any(layer.peft_mask_bits.is_open(adapter_name) for layer in layers.values()):
+        return  # a mask that did not come raises when it is used
+    kept = {}
+    for name, (tensor, tokens) in own_by_name(model, adapter_name).items():
+        dtype = checksums["tensors"].get(name, "").partition(" ")[0]
+        if dtype in ("", f"{tensor.dtype}".removeprefix("torch.")):  # else transformers has cast it on the way
+            kept[name] = tensor, tokens
+    try:
+        check(checksums, None, kept)
+    except ValueError:
+        for name, layer in layers.items():
+            layer.peft_mask_bits.wait_for(adapter_name, name)
+        raise
 
 
 def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, data: Tensor) -> None:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from peft_mask.format.checksums import check
 from peft_mask.format.fingerprint import UNKNOWN
 from peft_mask.format.packing import count_zeros
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import read_record, write_record
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
-from peft_mask.model.beside import FSDP_PREFIX, PEFT_PREFIX, own_tensors
+from peft_mask.model.beside import PEFT_PREFIX, module_name, own_tensors
+from peft_mask.model.embeddings import FSDP_PREFIX, add_rows, bring_in
 from peft_mask.model.restored import checked_scores, rebuilt_scores
 from peft_mask.scores.budget import file_bytes
 from peft_mask.scores.init import restart_margin
@@ -89,13 +91,13 @@ def records_of_adapter(
             is_sharded(scores) or scores.numel() < shape_of(layer.peft_mask_scores[adapter_name]).numel()
         ):
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': its scores are sharded over processes. Use "
+                f"cannot save the mask of '{module_name(path)}': its scores are sharded over processes. Use "
                 "trainer.save_model(folder), or let all processes call accelerator.get_state_dict(model), and one of "
                 "them model.save_pretrained(folder, state_dict=...) with what it returns."
             )
         if scores is not None and scores.isnan().any():
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
+                f"cannot save the mask of '{module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
             )
         shape = layer.mask_shape
@@ -108,9 +110,9 @@ def records_of_adapter(
             base = None if portable else _base_to_code_against(layer)
             tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
         if not portable and base is None:
-            inexact.append(_module_name(path))
+            inexact.append(module_name(path))
         if count_zeros(bits, shape) == shape.numel():
-            dead.append(_module_name(path))
+            dead.append(module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
             if (positions := layer.positions(adapter_name)) is not None:
@@ -138,7 +140,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
     for path, layer in layers_of_adapter(model, adapter_name).items():
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
-            sizes[_module_name(path)] = len(
+            sizes[module_name(path)] = len(
                 write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN, base)
             )
     return file_bytes(sizes)
@@ -169,7 +171,7 @@ def state_from_records(
             another shape, or (`config.check_base`) if it was made for another base weight; if the file holds more than
             is the adapter's (see `own_tensors`). No tensor of the model has changed then.
     """
-    layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
+    layers = {module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
     records = named(state_dict, BITS)
     scores, candidates = named(state_dict, _SCORES), named(state_dict, _POSITIONS)
     if records.keys() != layers.keys():
@@ -181,7 +183,7 @@ def state_from_records(
             "interrupted, the configuration may still be that of the other: save it again."
         )
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
-    others = own_tensors(model, adapter_name, others)
+    beside = own_tensors(model, adapter_name, config, others)
     rebuilt = False
     restored: dict[
         str, tuple[float | None, int | None]
@@ -203,6 +205,10 @@ def state_from_records(
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
             loaded[f"{path}{_POSITIONS}.{adapter_name}"] = positions
+    first_load = all(layer.peft_mask_bits.is_open(adapter_name) for _, layer in layers.values())
+    if config.checksums is not None and first_load:  # else the configuration is not this file's
+        trained = {module_name(key): (state_dict[key], ()) for key in state_dict if key.endswith(FOR_TRAINING)}
+        check(config.checksums, records, {**beside.beside, **trained})
     warning = None
     if rebuilt:
         warning = (
@@ -223,7 +229,11 @@ def state_from_records(
         layer.set_sparsity(adapter_name, sparsity)
         layer.rest(adapter_name, zeros, warning)
         warning = None  # once is enough
-    return others | loaded
+    for _, layer in layers.values():
+        layer.check_when_filled(adapter_name, None)
+    bring_in(model, adapter_name, beside.embeddings)
+    add_rows(model, adapter_name, config, beside.rows, beside.tensors)
+    return beside.tensors | loaded
 
 
 def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
@@ -235,15 +245,11 @@ def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torc
     found: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key.endswith(suffix):
-            name = _module_name(key.removesuffix(suffix))
+            name = module_name(key.removesuffix(suffix))
             if name in found:
                 raise ValueError(f"the file holds '{name}{suffix}' twice, with the prefix '{PEFT_PREFIX}' and without.")
             found[name] = value
     return found
-
-
-def _module_name(path: str) -> str:
-    return path.removeprefix(PEFT_PREFIX)
 
 
 def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:

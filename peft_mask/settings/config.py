@@ -111,6 +111,8 @@ class MaskConfig(PeftConfig):
         check_base: refuse to load the adapter on another base model than it was trained on.
         record_bytes: not to be set: written on saving, the length of each record in `adapter_model.safetensors`, in the
             order of module names. transformers' `model.load_adapter` cannot load the masks without it.
+        checksums: not to be set: written on saving, the checksums of what stands beside the records, such as a task
+            head. None, as in older files: they are not checked.
 
     Raises:
         ValueError: if a field is out of range; the message names it.
@@ -152,6 +154,7 @@ class MaskConfig(PeftConfig):
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
+    checksums: dict[str, Any] | None = field(default=None, metadata={"help": "Of heads and such; set on saving."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -207,9 +210,14 @@ class MaskConfig(PeftConfig):
         return any(f"{name}.".startswith(f"{head}.") for head in self.head_names)
 
     @property
+    def is_from_file(self) -> bool:
+        """Whether this is the configuration of an adapter that was loaded or is to be, not of a new one."""
+        return self._from_file or self.inference_mode
+
+    @property
     def records_to_come(self) -> list[int]:
         """`record_bytes` of a file that is about to be loaded; empty for a new adapter, or if they are unknown."""
-        return self.record_bytes or [] if self._from_file or self.inference_mode else []
+        return self.record_bytes or [] if self.is_from_file else []
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, in the place of an old one in one step, and fill in the model card beside it."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, get_args
 
-from peft_mask.settings.fields import check_choice, check_indices, check_names, check_number, check_switch, check_text
+from peft_mask.settings.fields import (
+    check_checksums,
+    check_choice,
+    check_indices,
+    check_names,
+    check_number,
+    check_switch,
+    check_text,
+)
 
 Binarizer = Literal["topk", "threshold", "sign", "bernoulli", "n:m"]
 CandidateRule = Literal["magnitude", "random"]
@@ -88,6 +96,7 @@ def check_options(config: Any) -> None:
         isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
     ):
         raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
+    check_checksums("checksums", config.checksums)
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
