@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +13,7 @@ from peft_mask.layers.convolution import Conv
 from peft_mask.layers.embedding import Embedding
 from peft_mask.layers.linear import Linear, QuantizedLinear
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.layers.own_forward import computes_as_linear
 from peft_mask.layers.stand_in import MultiheadAttention, out_proj_name
 from peft_mask.tensors.quantized import quantization_backend, quantized_reason, quantized_weight
 from peft_mask.tensors.stored import StoredWeight
@@ -47,8 +50,11 @@ def mask_layer_type(module: nn.Module) -> type[Linear | Conv | Embedding | Multi
     base = next((base for base in _MASKED_BY if isinstance(module, base)), None)
     if base is None:
         raise ValueError(f"supported are {', '.join(base.__name__ for base in _MASKED_BY)}")
-    if type(module).forward is not base.forward and not (base is nn.Embedding and hasattr(module, "embed_scale")):
-        raise ValueError(f"{type(module).__name__} computes its output in its own way (a quantized layer?)")
+    if type(module).forward is not base.forward and not (
+        (base is nn.Embedding and hasattr(module, "embed_scale"))
+        or (base is nn.Linear and computes_as_linear(cast(nn.Linear, module)))
+    ):
+        raise ValueError(f"{type(module).__name__} computes its output in its own way")
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         raise ValueError("its query, key and value have weights of their own, as their widths differ")
     for stored in stored_weights(module, "").values():

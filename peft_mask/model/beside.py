@@ -203,7 +203,7 @@ def _refuse_shape(name: str, present: Tensor, found: str) -> None:
 def _may_bring(model: nn.Module, config: MaskConfig, name: str) -> bool:
     """Whether a file may bring an embedding: its configuration says so, or it is of a training that resized it, too."""
     said = name in (config.checksums or {}).get("tensors", {})
-    return said or (not config.is_from_file and is_resized(model, config))
+    return said or (not config.is_saved and is_resized(model, config))
 
 
 def _embedding(model: nn.Module, path: str, attribute: str, tensor: Tensor) -> tuple[str, Tensor] | None:

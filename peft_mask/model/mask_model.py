@@ -52,6 +52,14 @@ class MaskModel(ScoredAdapters):
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
+        for name, other in self.peft_config.items():
+            ours, theirs = set(peft_config.target_parameters or []), set(other.target_parameters or [])
+            if other is not peft_config and ours and theirs and ours != theirs:
+                # where a wrapper stands among those of its module is part of the names in the file
+                raise ValueError(
+                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
+                    f"new one {sorted(ours)}."
+                )
         shapes = checked_shapes(self.model, peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             among = known_to_readers(peft_config)
@@ -72,13 +80,6 @@ class MaskModel(ScoredAdapters):
                 raise ValueError(
                     f"adapters of one model share a masked head, or train one each: '{name}' has head={heads[1][0]!r} "
                     f"and head_seed={heads[1][1]}, the new one {heads[0][0]!r} and {heads[0][1]}."
-                )
-            ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
-            if other is not config and ours and theirs and ours != theirs:
-                # where a wrapper stands among those of its module is part of the names in the file
-                raise ValueError(
-                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
-                    f"new one {sorted(ours)}."
                 )
 
     def _add_modules_to_save_to_tie(self, peft_config: MaskConfig, tied_weight_keys: list[str]) -> None:

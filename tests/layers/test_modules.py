@@ -281,7 +281,8 @@ def test_the_output_projection_of_an_attention_is_no_default_target_of_its_own()
     base = SiglipVisionModel(SiglipVisionConfig(image_size=4, patch_size=2, **sizes))
     attention = [name for name, module in base.named_modules() if isinstance(module, nn.MultiheadAttention)]
     assert len(attention) == 1
-    model = get_peft_model(base, MaskConfig())
+    with pytest.warns(UserWarning, match="reads the weight of its out_proj directly.*target the attention itself"):
+        model = get_peft_model(base, MaskConfig())
     targets = model.peft_config["default"].target_modules
     assert not any(name.startswith(attention[0]) for name in targets)
     assert any(name.endswith("q_proj") for name in targets)

@@ -89,6 +89,19 @@ HOOKS = [
         "resolves 'all-linear' before targets are checked",
         ("peft_config", "model"),
     ),
+    Hook(
+        "peft.utils.other:_set_trainable",
+        "trains and saves whole what a name in modules_to_save is the end of",
+        says="key.endswith(target_key)",
+    ),
+    Hook(
+        "transformers.core_model_loading:set_param_for_module",
+        "marks what it has read, so that the rest is known to be new",
+        says="param_value._is_hf_initialized = True",
+        needs="transformers>=5",
+    ),
+    Hook("peft:NoMatchingPeftModuleError", "what PEFT raises where nothing is left to adapt; ours says why"),
+    Hook("peft.config:PeftConfigMixin.from_peft_type", "knows a later file by it", says="got an unexpected keyword"),
     Hook("peft.utils.constants:EMBEDDING_LAYER_NAMES", "which embeddings PEFT would save whole beside their masks"),
     Hook("transformers.pytorch_utils:Conv1D", "GPT-2's linear layer, whose weight is transposed"),
     # layers

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_mask import MaskCallback, MaskConfig, Masks, SignAdamW, create_mask_optimizer
+from peft_mask import MaskCallback, MaskConfig, Masks, SignAdamW, create_mask_optimizer, update_model_card
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model, tiny_tokenizer
 
@@ -261,6 +261,17 @@ def test_a_sentence_transformer_trains_saves_and_loads_a_mask(encoder, tmp_path)
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert all(name.endswith("peft_mask_bits") for name in load_file(tmp_path / "adapter" / FILE))
+    own_card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+    for _ in range(2):  # the second time changes nothing
+        update_model_card(tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+        examples = card.split("```python\n")[1:]
+        assert len(examples) == 1 + own_card.count("```python\n")
+        assert all(example.startswith("import peft_mask") for example in examples)
+        assert all(example.count("import peft_mask") == 1 for example in examples)
+        assert "library_name: sentence-transformers" in card
+        assert 'SentenceTransformer("this/repository")' in card
+        assert "## A mask" in card
     assert (SentenceTransformer(str(tmp_path / "adapter")).encode(SENTENCES) == trained).all()
     other = SentenceTransformer(encoder)
     other.load_adapter(str(tmp_path / "adapter"))
