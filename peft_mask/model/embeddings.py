@@ -7,7 +7,7 @@ come back as a part of their adapter: beside the base's embedding, and never tra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -170,7 +170,7 @@ def bring_in(model: nn.Module, adapter_name: str, embeddings: Mapping[str, Mappi
             wrapper.set_adapter([])
             parent, _, name = next(n for n, m in model.named_modules() if m is module).rpartition(".")
             setattr(model.get_submodule(parent), name, wrapper)
-        own = cast(nn.ModuleDict, wrapper.modules_to_save)[adapter_name]
+        own = wrapper.modules_to_save[adapter_name]
         frozen = {name: parameter for name, parameter in own._parameters.items() if parameter is not None}
         for attribute, parameter in frozen.items():
             source = base_tensor(module, attribute)
