@@ -73,12 +73,14 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     class_name, speaks = type(model).__name__, output_embeddings(model) is not None
     of_a_task = _OF_A_TASK.search(class_name) is not None
     if new is None and of_a_task and not outside:
-        outside = [name for name, _ in model.named_children() if name in USUAL_HEADS] or ["(the task head)"]
+        parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+        outside = [name for name in parts if name in (*USUAL_HEADS, "fc", "head")] or ["(the task head)"]
     head = outside if new is None else new
     if with_task:
         wanted = [*outside, *(name for name in new or [] if not _within(name, outside))]
     elif config.task_type is None and not speaks and (of_a_task or (new is not None and outside)):
-        wanted = [name for name in _without_containers(model, head) if _names_only_itself(model, name)]
+        parts = list(_without_containers(model, head))
+        wanted = [name for name in parts if _names_no_others(model, name, parts)]
     else:
         wanted = []
     saved = config.modules_to_save or []
@@ -141,10 +143,11 @@ def _without_containers(model: nn.Module, names: Iterable[str]) -> Iterator[str]
         module = modules.get(name)
         if isinstance(module, _CONTAINERS):
             yield from _without_containers(model, [f"{name}.{below}" for below, _ in module.named_children()])
-        else:
+        elif module is not None and any(True for _ in module.parameters()):
             yield name
 
 
-def _names_only_itself(model: nn.Module, name: str) -> bool:
-    """Whether PEFT, which looks at ends of names, would train this module alone and as a whole."""
-    return [other for other, _ in model.named_modules(remove_duplicate=False) if other.endswith(name)] == [name]
+def _names_no_others(model: nn.Module, name: str, parts: list[str]) -> bool:
+    """Whether PEFT, which looks at ends of names, would train nothing by this name but parts of the head."""
+    ends = [other for other, _ in model.named_modules(remove_duplicate=False) if other.endswith(name)]
+    return name in ends and all(_within(other, parts) for other in ends)

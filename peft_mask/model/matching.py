@@ -7,8 +7,8 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 
-from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from peft_mask.model.heads import USUAL_HEADS
@@ -97,14 +97,14 @@ def check_found(model: nn.Module, config: MaskConfig) -> None:
     if any(True for _ in matched_modules(model, config)) or any(True for _ in matched_parameters(model, config)):
         return
     bare = copy.copy(config)
-    bare.exclude_modules = bare.modules_to_save = None
+    bare.exclude_modules = bare.modules_to_save = bare.layers_to_transform = None
     left = [name for name, _ in matched_modules(model, bare)]
     saved = [name for name in left if _is_saved_whole(name, config)]
     reasons = []
     if saved:
         reasons.append(f"modules_to_save={config.modules_to_save} trains {listed(saved)} whole")
     if others := [name for name in left if name not in saved]:
-        reasons.append(f"exclude_modules={config.exclude_modules} leaves out {listed(others)}")
+        reasons.append(f"exclude_modules={config.exclude_modules!r} leaves out {listed(others)}")
     raise NoMatchingPeftModuleError(
         f"nothing is left to mask in {type(model).__name__}: "
         + (" and ".join(reasons) or "no module or parameter is named by target_modules or target_parameters")
@@ -120,7 +120,7 @@ def apply_restrictions(model: nn.Module, config: MaskConfig) -> None:
     out, the targets are all there is to say, and `layers_to_transform` is None.
 
     Raises:
-        ValueError: if `layers_to_transform` names a block that is not there, or no target is in any block.
+        ValueError: if `layers_to_transform` names a block that is not there, or blocks without anything to mask.
     """
     if config.layers_to_transform is None and not (config.target_parameters and config.exclude_modules):
         return
@@ -135,12 +135,20 @@ def apply_restrictions(model: nn.Module, config: MaskConfig) -> None:
         # a file names what it masks
         modules = [name for name in modules if name in inside or (config.is_saved and name in exact)]
         kept &= inside
-    if config.layers_to_transform is not None:
+        if not modules and not kept:
+            raise NoMatchingPeftModuleError(
+                f"none of the modules to mask stands in the blocks of layers_to_transform={config.layers_to_transform}."
+            )
         config.layers_to_transform = config.layers_pattern = None
         if config.target_modules is not None:
             config.target_modules = set(modules)
-    if config.target_parameters and kept != {name for name, _ in parameters}:
+    if kept != {name for name, _ in parameters}:
         config.target_parameters = sorted(f"{name}.{parameter}" for name, parameter in parameters if name in kept)
+        if others := {name for name, _, _ in matched_parameters(model, config)} - kept:
+            raise ValueError(
+                f"the parameters of {sorted(others)} are to be left out, but end in the names of others, by which "
+                "PEFT would find them, too: name what is to be masked in target_parameters."
+            )
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

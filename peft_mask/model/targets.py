@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -115,8 +115,10 @@ def leave_out_unmaskable(model: nn.Module, config: MaskConfig) -> None:
     if not reasons:
         return
     said = f"linear layers of {type(model).__name__} that are not masked: " + "; ".join(
-        f"{listed(left_out, 3)}, since {reason}" for reason, left_out in reasons.items()
+        f"{listed(left_out, 3)}, since {reason}" for reason, left_out in list(reasons.items())[:3]
     )
+    if (more := sum(map(len, list(reasons.values())[3:]))) > 0:
+        said += f"; and {more} more for reasons like these"
     if not names and not config.target_parameters:
         raise NoMatchingPeftModuleError(f"there is nothing to mask: {said}.")
     warnings.warn(f"{said}. exclude_modules leaves them out without this line.", stacklevel=2)
@@ -186,10 +188,10 @@ def _reason_in_place(model: nn.Module, name: str, base: nn.Module, tied: Mapping
             "the mask"
         )
     for stored in stored_weights(base, name).values():
-        if others := tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}:
+        if others := sorted(tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}):
             return (
-                f"its weight is tied to {sorted(others)}, which would see it unmasked until merging and masked "
-                "afterwards"
+                f"its weight is tied to {listed([repr(other) for other in others], 3)}, which would see it unmasked "
+                "until merging and masked afterwards"
             )
     return None
 

@@ -132,6 +132,17 @@ def test_of_a_model_of_unknown_origin_the_class_says_whether_its_head_is_new(aut
     assert trained(get_peft_model(base, MaskConfig())) == {"classifier"}
 
 
+def test_a_name_that_ends_as_another_does_not_take_the_backbone_along():
+    sizes = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 60}
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("distilbert", **sizes))
+    assert trained(get_peft_model(base, MaskConfig())) == {"pre_classifier", "classifier"}
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4}  # its head is a norm and a classifier, its blocks have norms
+    base = AutoModelForImageClassification.from_config(AutoConfig.for_model("poolformer", **sizes))
+    with pytest.warns(UserWarning, match=r"neither trained nor saved.* not in its checkpoint: norm\."):
+        model = get_peft_model(base, MaskConfig(target_modules=["conv1"]))
+    assert trained(model) == {"classifier"}
+
+
 @marked
 @pytest.mark.parametrize(
     ("automatic", "checkpoint"),

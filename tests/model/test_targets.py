@@ -113,6 +113,9 @@ def test_a_block_that_is_not_there_is_named(targets):
 
 
 def test_blocks_where_there_are_none_are_refused():
+    layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.ModuleDict({"k": nn.Linear(4, 4)})])
+    with pytest.raises(ValueError, match=r"none of the modules to mask stands in the blocks of .*=\[1\]"):
+        get_peft_model(nn.ModuleDict({"layers": layers}), MaskConfig(target_modules=["q"], layers_to_transform=[1]))
     with pytest.raises(ValueError, match="the modules to mask stand in no numbered blocks"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), MaskConfig(target_modules="all-linear", layers_to_transform=[0]))
     config = MaskConfig(target_modules=["query"], layers_to_transform=[0], layers_pattern="lyer")
@@ -146,6 +149,18 @@ def test_excluded_parameters_are_left_out():
     wrappers = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     assert wrappers == ["base_model.model.layers.1.mlp.experts"]
     assert blocks_of(model) == {1}
+
+
+def test_parameters_that_only_differ_in_front_cannot_be_told_apart():
+    def experts():
+        return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": nn.ParameterDict()})])})
+
+    base = nn.ModuleDict({"layers": experts()["layers"], "vision": experts()})
+    for tower in (base, base["vision"]):
+        tower["layers"][0]["experts"]["w"] = nn.Parameter(torch.randn(2, 4, 4))
+    config = MaskConfig(target_parameters=["experts.w"], exclude_modules=["vision.layers.0.experts"])
+    with pytest.raises(ValueError, match=r"the parameters of \['vision.layers.0.experts'\] are to be left out"):
+        get_peft_model(base, config)
 
 
 def test_adapters_name_the_same_parameters_also_where_they_are_restricted():
@@ -189,7 +204,7 @@ def test_a_target_that_is_trained_whole_is_said():
         ({"target_modules": "que.*"}, r"Target modules {'que\.\*'} not found in the base model"),
         ({"target_parameters": ["x"], "target_modules": []}, r"Parameters \['x'\] not found in the base model"),
         (
-            {"target_modules": ["query"], "exclude_modules": ["query"]},
+            {"target_modules": ["query"], "exclude_modules": ["query"], "layers_to_transform": [0]},
             r"nothing is left to mask .*: exclude_modules={'query'} leaves out bert.encoder.layer.0.attention",
         ),
         ({"exclude_modules": ".*"}, "nothing is left to mask .*exclude_modules='.*' leaves out .* and [0-9]+ more"),

@@ -100,7 +100,7 @@ HOOKS = [
         says="param_value._is_hf_initialized = True",
         needs="transformers>=5",
     ),
-    Hook("peft:NoMatchingPeftModuleError", "what PEFT raises where nothing is left to adapt; ours says why"),
+    Hook("peft.utils.error:NoMatchingPeftModuleError", "what PEFT raises where nothing is adapted; ours says why"),
     Hook("peft.config:PeftConfigMixin.from_peft_type", "knows a later file by it", says="got an unexpected keyword"),
     Hook("peft.utils.constants:EMBEDDING_LAYER_NAMES", "which embeddings PEFT would save whole beside their masks"),
     Hook("transformers.pytorch_utils:Conv1D", "GPT-2's linear layer, whose weight is transposed"),
