@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from peft_mask.format.packing import index_dtype, zero_positions
+from peft_mask.layers.casting import Integers
 
 
-class BitsDict(BufferDict):
+class BitsDict(Integers):
     """Packed masks by adapter name, and room for records that are to be loaded by name.
 
     PEFT loads an adapter through hooks of the tuner. transformers loads it by name: it looks up the buffer that is
@@ -26,7 +26,7 @@ class BitsDict(BufferDict):
     """
 
     def __init__(self) -> None:
-        super().__init__(persistent=True)
+        super().__init__()
         self._awaited: dict[str, str] = {}  # adapter name -> name of the module
         self._receivers: dict[str, Callable[[Tensor], None]] = {}
         self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
@@ -82,11 +82,18 @@ class BitsDict(BufferDict):
 
     def check_filled(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the mask of an adapter was never loaded."""
-        if adapter_name in self._awaited:
-            raise ValueError(
-                f"the adapter '{adapter_name}' has no mask for '{self._awaited[adapter_name]}': nothing was loaded for "
-                "it, or loading failed. Delete the adapter and load it again, from a file that is whole."
-            )
+        if reason := self.reason_not_filled([adapter_name]):
+            raise ValueError(reason)
+
+    def reason_not_filled(self, adapter_names: Iterable[str]) -> str | None:
+        """Return what to say of the first of these adapters whose mask was never loaded, or None."""
+        name = next((name for name in adapter_names if name in self._awaited), None)
+        if name is None:
+            return None
+        return (
+            f"the adapter '{name}' has no mask for '{self._awaited[name]}': nothing was loaded for it, or loading "
+            "failed. Delete the adapter and load it again, from a file that is whole."
+        )
 
     def _forget(self, adapter_name: str) -> None:
         self._awaited.pop(adapter_name, None)

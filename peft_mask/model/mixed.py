@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.layers.rows import BASE
+from peft_mask.layers.rows import BASE, batch_of
 
 _REGISTERING = threading.Lock()  # torch numbers its hooks without one
 
@@ -49,7 +49,8 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> 
             for module in readers:
                 names = list(adapter_names) if module in encoder else repeated
                 hooks.enter_context(module.register_forward_pre_hook(_adding(names), with_kwargs=True))
-        yield
+        with batch_of(adapter_names):
+            yield
 
 
 def _encoder_modules(model: nn.Module) -> Iterable[nn.Module]:

@@ -145,6 +145,8 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
             _check_here(name, base)
         dimension = mask_layer_type(base).input_dimension_of(base)
         for part, stored in stored_weights(base, name, config.mask_biases).items():
+            if stored.reason_not_kept:  # a bias: of weights this is known by now
+                raise ValueError(f"cannot mask '{part}': {stored.reason_not_kept}.")
             _check_in_one_piece(part, stored)
             shapes[part] = stored.shape
             _check_units(part, stored.shape, dimension, config)
@@ -181,11 +183,10 @@ def _reason_by_type(base: nn.Module) -> str | None:
 
 def _reason_in_place(model: nn.Module, name: str, base: nn.Module, tied: Mapping[nn.Parameter, set[str]]) -> str | None:
     """Return why a module cannot be masked where it stands, or None."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(base, nn.Linear):
+    if _is_rescaled(model, name):
         return (
-            "in evaluation nn.TransformerEncoderLayer reads the weights of its linear layers directly and would ignore "
-            "the mask"
+            "RWKV rescales its weight in place in evaluation, which would not reach it (rescale_every=0 in the "
+            "configuration of the model keeps it from that)"
         )
     for stored in stored_weights(base, name).values():
         if others := sorted(tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}):
@@ -231,6 +232,14 @@ def _check_here(name: str, module: nn.Module) -> None:
             f"cannot mask '{name}': accelerate has offloaded it, and would put the base weight in the place of the "
             "masked one in each forward pass. Keep this module on a device, or leave it out."
         )
+
+
+def _is_rescaled(model: nn.Module, name: str) -> bool:
+    """Whether RWKV halves the weight of a layer in place in evaluation, where a masked layer hands out a copy."""
+    return name.endswith((".attention.output", ".feed_forward.value")) and any(
+        hasattr(module, "layers_are_rescaled") and cast(PreTrainedModel, module).config.rescale_every > 0
+        for module in model.modules()
+    )
 
 
 def _is_masked_whole(module: nn.Module) -> bool:

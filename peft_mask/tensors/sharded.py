@@ -75,6 +75,12 @@ def is_in_parts(parameter: torch.Tensor) -> bool:
     return zero or is_sharded(parameter) or is_flattened(parameter)
 
 
+def is_whole(parameter: torch.Tensor) -> bool:
+    """Return whether all values of a parameter are here now: it is neither on the meta device nor in parts."""
+    in_parts = is_sharded(parameter) or is_taken_away(parameter) or (is_flattened(parameter) and parameter.dim() == 1)
+    return not parameter.is_meta and not in_parts
+
+
 def check_can_change(parameter: torch.Tensor, what: str) -> None:
     """Raise a `RuntimeError` if DeepSpeed trains a parameter: it does that in a copy of its own, in its own time."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):

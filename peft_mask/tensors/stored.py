@@ -13,6 +13,12 @@ from torch import nn
 from peft_mask.tensors.elements import put, take
 from peft_mask.tensors.sharded import is_flattened, is_taken_away, shape_of
 
+COMPUTED_ANEW = (
+    "its {name} is computed anew in each forward pass (weight_norm, spectral_norm, prune or another parametrization), "
+    "and a mask merged into it would be lost. Make it a parameter again first, with remove_parametrizations of "
+    "torch.nn.utils.parametrize, or remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+)
+
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
 
@@ -36,6 +42,11 @@ class StoredWeight:
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the elements."""
         return cast(torch.Tensor, getattr(self.module, self.name))
+
+    @property
+    def reason_not_kept(self) -> str | None:
+        """Why what is stored here does not stay, or None if it does."""
+        return None if self.name in self.module._parameters else COMPUTED_ANEW.format(name=self.name)
 
     @property
     def shape(self) -> torch.Size:
@@ -105,6 +116,8 @@ class StoredWeight:
                 "DeepSpeed ZeRO-3 keeps it in parts. Save the adapter, and load or merge it into a base model outside "
                 "DeepSpeed."
             )
+        if reason := self.reason_not_kept:
+            raise ValueError(f"cannot merge a mask into a {type(self.module).__name__}: {reason}.")
         return self.parameter.data
 
     def _values_of(self, elements: torch.Tensor) -> torch.Tensor:
@@ -117,4 +130,4 @@ class StoredWeight:
         return take(elements, positions.to(elements.device))
 
     def _put(self, elements: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-        put(elements, positions.to(elements.device), new.to(elements.device))
+        put(elements, positions.to(elements.device), new.to(elements))

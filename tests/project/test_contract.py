@@ -51,6 +51,7 @@ class Hook:
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner.", "peft.tuners.tuners_utils:BaseTunerLayer."
 CONFIG, BUFFERS, CALLBACK = "peft:PeftConfig.", "peft.tuners._buffer_dict:BufferDict.", "transformers:TrainerCallback."
 MODEL, MASK_LAYER = "peft_mask.model.mask_model:MaskModel", "peft_mask.layers.mask_layer:MaskLayer"
+MERGING_LAYER = "peft_mask.layers.merging:MergingLayer"
 PARAMETER_LAYER = "peft_mask.layers.stand_in:ParamWrapper"
 MASK_CALLBACK = "peft_mask.training.callback:MaskCallback"
 
@@ -108,10 +109,12 @@ HOOKS = [
     Hook(LAYER + "adapter_layer_names", "where PEFT finds scores, to freeze and to train", ours=MASK_LAYER),
     Hook(LAYER + "other_param_names", "where it finds bits and positions, to move and to delete", ours=MASK_LAYER),
     Hook(LAYER + "_get_available_adapters", "counts adapters with bits, which have no parameter", ours=MASK_LAYER),
-    Hook(LAYER + "merged", "whether weights are switched off, for torch.compile", ours=MASK_LAYER),
+    Hook(LAYER + "merged", "whether weights are switched off, for torch.compile", ours=MERGING_LAYER),
+    Hook(LAYER + "weight", "the weight that is computed with, for models that read it", ours=MASK_LAYER),
+    Hook(LAYER + "bias", "and the bias", ours="peft_mask.layers.bias:LayerWithBias"),
     Hook(LAYER + "delete_adapter", "also forgets budget and room of the adapter", ours=MASK_LAYER),
-    Hook(LAYER + "merge", "switches off in the stored weight", ours=MASK_LAYER),
-    Hook(LAYER + "unmerge", "puts back what was switched off", ours=MASK_LAYER),
+    Hook(LAYER + "merge", "switches off in the stored weight", ours=MERGING_LAYER),
+    Hook(LAYER + "unmerge", "puts back what was switched off", ours=MERGING_LAYER),
     Hook(LAYER + "_move_adapter_to_device_of_base_layer", "to the parameter's, of experts", ours=PARAMETER_LAYER),
     Hook(LAYER + "set_adapter", "activates, and sets requires_grad", ("adapter_names", "inference_mode")),
     Hook(LAYER + "get_base_layer", "the module below wrappers around wrappers", ()),
@@ -230,7 +233,28 @@ HOOKS = [
     Hook(CALLBACK + "on_log", "adds figures to the logs", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_push_begin", "sets scores aside", ours=MASK_CALLBACK, needs="transformers>=5"),
     Hook(CALLBACK + "on_save", "puts them back", ours=MASK_CALLBACK),
+    # accelerate
+    Hook(
+        "accelerate.hooks:add_hook_to_module",
+        "its hooks run around a masked layer as around this one",
+        says="module._hf_hook.pre_forward(module, *args, **kwargs)",
+    ),
+    Hook("accelerate.hooks:add_hook_to_module", "finds a forward of the user's own below them", says="_old_forward"),
     # torch
+    Hook("torch.nn:Module._apply", "keeps dtypes, and casts what merging has displaced", ours=MERGING_LAYER),
+    *(
+        Hook("torch.nn:Module._call_impl", "runs the hooks of a base layer around its mask", says=f"self.{hooks}")
+        for hooks in (
+            "_forward_pre_hooks",
+            "_forward_pre_hooks_with_kwargs",
+            "_forward_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_hooks_always_called",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    ),
+    Hook("torch:Tensor._make_wrapper_subclass", "a tensor without values"),
     Hook("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "knows attention's out_proj, which is not called"),
     Hook("torch.nn:Conv1d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),
     Hook("torch.nn:Conv2d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),
