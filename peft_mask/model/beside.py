@@ -11,8 +11,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-PEFT_PREFIX = "base_model.model."
-FSDP_PREFIX = "_fsdp_wrapped_module."
+from peft_mask.model.names import module_name as _name
+from peft_mask.model.names import plain_name, state_name
 
 
 def own_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def check_own_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, 
         tensors: the file's tensors, by their names in it.
     """
     for path, source, _, slot in _slots(model, adapter_name):
-        found = tensors.get(f"{path}.{source}")
+        found = tensors.get(plain_name(f"{path}.{source}"))
         if found is None or found.shape != slot.shape:
             shape = "nothing of that name" if found is None else f"{tuple(found.shape)}"
             raise ValueError(
@@ -76,7 +76,7 @@ def _slots(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str,
         if isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict()
             for source, target in module.adapter_state_dict_load_map(adapter_name).items():
-                yield path.replace(FSDP_PREFIX, ""), source, target, state[target]
+                yield state_name(path), source, target, state[target]
 
 
 def _is_in_base(model: nn.Module, key: str, tensor: torch.Tensor) -> bool:
@@ -93,7 +93,3 @@ def _is_in_base(model: nn.Module, key: str, tensor: torch.Tensor) -> bool:
     if present is None or present.shape != tensor.shape:
         return False
     return present.is_meta or torch.equal(tensor.to(present), present)
-
-
-def _name(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.names import module_name
 from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
 from peft_mask.settings.config import MaskConfig
 
@@ -42,7 +43,7 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         adapter_name: which adapter.
         config: its configuration.
     """
-    layers = layers_of_adapter(model, adapter_name)
+    layers = {module_name(path): layer for path, layer in layers_of_adapter(model, adapter_name).items()}
     if len(config.records_to_come) != len(layers):  # unknown, or of other modules
         return
     sizes = dict(zip(sorted(layers), config.records_to_come, strict=True))

@@ -16,8 +16,10 @@ from peft_mask.format.fingerprint import UNKNOWN
 from peft_mask.format.packing import count_zeros, unpack_bits
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import read_record, write_record
+from peft_mask.layers.diffusers_hooks import check_in_memory
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
-from peft_mask.model.beside import FSDP_PREFIX, PEFT_PREFIX, own_tensors
+from peft_mask.model.beside import own_tensors
+from peft_mask.model.names import PEFT_PREFIX, module_name, state_name
 from peft_mask.scores.budget import file_bytes
 from peft_mask.scores.candidates import choose_candidates
 from peft_mask.scores.functional import per_weight
@@ -32,7 +34,7 @@ FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_score
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
     """Return the masked layers of an adapter by their state-dict path in `model`."""
     return {
-        name.replace(FSDP_PREFIX, ""): module
+        state_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
     }
@@ -80,6 +82,7 @@ def records_of_adapter(
                 "Accelerate: zero3_save_16bit_model: true)."
             )
         return {}
+    check_in_memory(model)
     tensors: dict[str, torch.Tensor] = {}
     dead, inexact = [], []
     for path, layer in layers.items():
@@ -90,14 +93,20 @@ def records_of_adapter(
             is_sharded(scores) or scores.numel() < shape_of(layer.peft_mask_scores[adapter_name]).numel()
         ):
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': its scores are sharded over processes. Use "
+                f"cannot save the mask of '{module_name(path)}': its scores are sharded over processes. Use "
                 "trainer.save_model(folder), or let all processes call accelerator.get_state_dict(model), and one of "
                 "them model.save_pretrained(folder, state_dict=...) with what it returns."
             )
         if scores is not None and scores.isnan().any():
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
+                f"cannot save the mask of '{module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
+            )
+        if scores is None and bits_key not in state_dict:
+            missing = scores_key if adapter_name in layer.peft_mask_scores else bits_key
+            raise ValueError(
+                f"cannot save the mask of '{module_name(path)}': the state dict that was handed over has no "
+                f"'{missing}'; it holds names such as '{next(iter(state_dict))}'. Hand over that of the whole model."
             )
         shape = layer.mask_shape
         if scores is None:
@@ -108,9 +117,9 @@ def records_of_adapter(
             base = None if portable else _base_to_code_against(layer)
             tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
         if not portable and base is None:
-            inexact.append(_module_name(path))
+            inexact.append(module_name(path))
         if count_zeros(bits, shape) == shape.numel():
-            dead.append(_module_name(path))
+            dead.append(module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
             if (positions := layer.positions(adapter_name)) is not None:
@@ -138,7 +147,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
     for path, layer in layers_of_adapter(model, adapter_name).items():
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
-            sizes[_module_name(path)] = len(
+            sizes[module_name(path)] = len(
                 write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN, base)
             )
     return file_bytes(sizes)
@@ -169,7 +178,7 @@ def state_from_records(
             another shape, or (`config.check_base`) if it was made for another base weight; if the file holds more than
             is the adapter's (see `own_tensors`). No tensor of the model has changed then.
     """
-    layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
+    layers = {module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
     records = named(state_dict, BITS)
     scores, candidates = named(state_dict, _SCORES), named(state_dict, _POSITIONS)
     if records.keys() != layers.keys():
@@ -232,15 +241,11 @@ def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torc
     found: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key.endswith(suffix):
-            name = _module_name(key.removesuffix(suffix))
+            name = module_name(key.removesuffix(suffix))
             if name in found:
                 raise ValueError(f"the file holds '{name}{suffix}' twice, with the prefix '{PEFT_PREFIX}' and without.")
             found[name] = value
     return found
-
-
-def _module_name(path: str) -> str:
-    return path.removeprefix(PEFT_PREFIX)
 
 
 def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
@@ -251,6 +256,11 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
     """
     with onloaded(layer):
         weight = layer.unmerged_weight()
+        if is_sharded(weight):
+            raise ValueError(
+                f"cannot load the mask of '{name}': the base weight is sharded over processes, and a mask is checked "
+                "against all of it. Load the adapter first, and shard the model afterwards."
+            )
         try:
             record = read_record(data, weight.shape, None if weight.is_meta else weight)
         except WrongBaseError as error:

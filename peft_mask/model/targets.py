@@ -17,10 +17,12 @@ from peft_mask.layers.head import linear_layers
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.names import plain_name
 from peft_mask.scores.units import check_groups, unit_shape
 from peft_mask.settings.config import MaskConfig
 from peft_mask.settings.options import TASKS_WITH_HEAD
-from peft_mask.tensors.sharded import is_taken_away
+from peft_mask.tensors.memory import sharing_memory
+from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away
 from peft_mask.tensors.stored import StoredWeight
 
 
@@ -43,7 +45,9 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
         config.target_modules = default_target_modules(model, config)
     _maybe_include_all_linear_layers(config, model)
-    matched = {name for name, _ in matched_modules(model, config)}
+    if isinstance(config.target_modules, (set, list)):
+        config.target_modules = {plain_name(name) for name in config.target_modules}
+    matched = {plain_name(name) for name, _ in matched_modules(model, config)}
     if config.head == "masked":
         pooler = f"{cast(PreTrainedModel, model).base_model_prefix}.pooler"
         config.target_modules = matched = matched | linear_layers(model, (*config.head_names, pooler))
@@ -66,7 +70,7 @@ def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matched_modules(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that `config` names to be masked, wrapped or not, with their names."""
     for name, module in outermost_modules(model):
-        if name and check_target_module_exists(config, name):
+        if name and check_target_module_exists(config, plain_name(name)):
             yield name, module
 
 
@@ -76,7 +80,7 @@ def matched_parameters(model: nn.Module, config: MaskConfig) -> Iterator[tuple[s
     for name, module in outermost_modules(model):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for parameter_name, _ in base.named_parameters(recurse=False):
-            if any(f".{name}.{parameter_name}".endswith(f".{target}") for target in wanted):
+            if any(f".{plain_name(name)}.{parameter_name}".endswith(f".{target}") for target in wanted):
                 yield name, module, parameter_name
 
 
@@ -165,6 +169,14 @@ def _check_in_one_piece(name: str, stored: StoredWeight) -> None:
             "which weights get a score follows from their values. Make the model with its masks before "
             "TrainingArguments or Accelerator; DeepSpeed takes it apart when it prepares it."
         )
+    parameter = stored.parameter
+    loaded_in_parts = hasattr(stored.module, "_hf_device_mesh")  # by transformers before 5, as plain tensors
+    if is_sharded(parameter) or is_flattened(parameter) or has_no_storage(parameter) or loaded_in_parts:
+        raise ValueError(
+            f"cannot mask '{name}': its weight of shape {tuple(stored.shape)} is sharded over processes, and masks are "
+            "made, loaded and checked with all of its values. Add or load the adapter first, and shard the model with "
+            "its masks afterwards: fully_shard(get_peft_model(model, config)). Load the base without tp_plan."
+        )
 
 
 def _check_here(name: str, module: nn.Module) -> None:
@@ -180,13 +192,16 @@ def _is_masked_whole(module: nn.Module) -> bool:
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Parameter, set[str]]:
-    """Map every parameter called `weight` that several modules share to the names of these modules."""
+    """Map every parameter that several modules share, or share memory with, to the names of these modules."""
     owners: dict[nn.Parameter, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(weight, set()).add(name.removesuffix(".base_layer"))
-    return {weight: names for weight, names in owners.items() if len(names) > 1}
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(name.removesuffix(".base_layer"))
+    for group in sharing_memory(owners):
+        names = set().union(*(owners[parameter] for parameter in group))
+        owners.update(dict.fromkeys(group, names))
+    return {parameter: names for parameter, names in owners.items() if len(names) > 1}
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -246,7 +261,7 @@ def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:
             and base is not output_embeddings
             and base.weight not in tied
         ):
-            names.add(name)
+            names.add(plain_name(name))
     if config.layers_to_transform is None:
         return names
     # PEFT looks at layer indices for suffixes only, not for full names.
