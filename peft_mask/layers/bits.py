@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ class BitsDict(Integers):
     def __init__(self) -> None:
         super().__init__()
         self._awaited: dict[str, str] = {}  # adapter name -> name of the module
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the bits of those that are awaited
         self._receivers: dict[str, Callable[[Tensor], None]] = {}
         self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
 
-    def wait_for(self, adapter_name: str, module_name: str) -> None:
-        """Add an adapter that has no mask before `fill`; the module's name is for messages."""
+    def wait_for(self, adapter_name: str, module_name: str, shape: Sequence[int]) -> None:
+        """Add an adapter that has no mask, of bits of this shape, before `fill`; the module's name is for messages."""
         self[adapter_name] = torch.empty(0, dtype=torch.uint8)
-        self._awaited[adapter_name] = module_name
+        self._awaited[adapter_name], self._shapes[adapter_name] = module_name, tuple(shape)
 
     def make_room(self, adapter_name: str, size: int, receive: Callable[[Tensor], None]) -> None:
         """Let an adapter be loaded by name.
@@ -95,7 +96,16 @@ class BitsDict(Integers):
             "failed. Delete the adapter and load it again, from a file that is whole."
         )
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # bits that a whole state dict brings need no record: they are the mask of a model like this one
+        for name in list(self._awaited):
+            bits = state_dict.get(prefix + name)
+            if bits is not None and bits.dtype == torch.uint8 and tuple(bits.shape) == self._shapes[name]:
+                self.fill(name, torch.empty_like(bits, device=self[name].device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _forget(self, adapter_name: str) -> None:
+        self._shapes.pop(adapter_name, None)
         self._awaited.pop(adapter_name, None)
         self._receivers.pop(adapter_name, None)
 

@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.format.packing import unpack_bits, zero_positions
+from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
 from peft_mask.layers.bits import BitsDict
 from peft_mask.layers.casting import Integers, Scores
+from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 from peft_mask.layers.hooks import call_with_hooks
 from peft_mask.layers.merging import MergingLayer
 from peft_mask.layers.reading import NoWeight
@@ -39,6 +40,7 @@ class MaskLayer(MergingLayer):
 
     adapter_layer_names = ("peft_mask_scores",)
     other_param_names = ("peft_mask_bits", "peft_mask_positions")
+    cast_input_dtype_enabled = True  # PEFT's switch for diffusers' layerwise casting; no input is cast here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class MaskLayer(MergingLayer):
             weight = self.unmerged_weight()
             self._fingerprint = self._fingerprint_of(weight)
             if config.inference_mode:
-                self.peft_mask_bits.wait_for(adapter_name, name)
+                self.peft_mask_bits.wait_for(adapter_name, name, bits_shape(self.mask_shape))
             else:
                 positions = choose_candidates(weight, config, name)
                 if positions is not None:
@@ -86,6 +88,11 @@ class MaskLayer(MergingLayer):
     def available_adapters(self) -> set[str]:
         """Names of the adapters that this layer has scores or bits of."""
         return self._get_available_adapters()
+
+    @property
+    def containers(self) -> tuple[nn.Module, ...]:
+        """What holds the tensors that its masks are made of."""
+        return self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
 
     @property
     def in_features(self) -> int:
@@ -226,6 +233,7 @@ class MaskLayer(MergingLayer):
 
     def _under_bits(self, adapter_names: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
         """Return the weight under those adapters that hold bits, and the names of those that are trained."""
+        check_not_traced()
         weight = self.stored.values()
         if weight.is_meta:
             raise RuntimeError(
@@ -242,6 +250,7 @@ class MaskLayer(MergingLayer):
 
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
+        check_not_traced()
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
         scores = self._resting.until_trained(adapter_name, scores)
         rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
@@ -328,8 +337,19 @@ class MaskLayer(MergingLayer):
         return "peft_mask." + super()._get_name()
 
 
+def check_not_traced() -> None:
+    """Raise a `RuntimeError` under `torch.jit.trace`, which cannot record bits that are read as another dtype."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record how a mask is made: merge it first, with merge_and_unload() or "
+            "merge_adapter(). torch.export and torch.compile take the model as it is."
+        )
+
+
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
+    if hooked := hooked_by_diffusers((layer.get_base_layer(), *layer.containers)):
+        return with_hooks_of_diffusers(hooked)
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()
 
 

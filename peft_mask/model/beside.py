@@ -15,11 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_mask.format.checksums import Beside
-from peft_mask.model.embeddings import FSDP_PREFIX, base_tensor, embeddings_of, fits, is_resized, other_rows
+from peft_mask.model.embeddings import base_tensor, embeddings_of, fits, is_resized, other_rows
+from peft_mask.model.names import module_name, plain_name, state_name
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_flattened, is_sharded, shape_of
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -155,7 +154,7 @@ def check_own_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, 
     """
     own = {}
     for slot in _slots(model, adapter_name):
-        found = tensors.get(f"{slot.path}.{slot.source}")
+        found = tensors.get(plain_name(f"{slot.path}.{slot.source}"))
         if found is None:
             _refuse_shape(slot.name, slot.value, "nothing of that name")
         else:
@@ -169,11 +168,6 @@ def own_by_name(model: nn.Module, adapter_name: str) -> Beside:
     return {slot.name: (slot.value, slot.tokens) for slot in _slots(model, adapter_name)}
 
 
-def module_name(path: str) -> str:
-    """Return a name in a state dict as it is in the base model."""
-    return path.removeprefix(PEFT_PREFIX)
-
-
 def _slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -181,7 +175,7 @@ def _slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
             if isinstance(module, TrainableTokensWrapper):
                 tokens = module.token_adapter.token_indices.get(adapter_name, ())
             for source, target in module.adapter_state_dict_load_map(adapter_name).items():
-                yield Slot(path.replace(FSDP_PREFIX, ""), source, target, state[target], tokens)
+                yield Slot(state_name(path), source, target, state[target], tokens)
 
 
 def _check(name: str, present: Tensor, tensor: Tensor) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_mask.format.checksums import checksums_for
-from peft_mask.model.beside import module_name, own_in
+from peft_mask.model.beside import own_in
 from peft_mask.model.embeddings import is_resized, tidy_embeddings
+from peft_mask.model.names import module_name
 from peft_mask.model.state import BITS, FOR_TRAINING, named
 from peft_mask.settings.config import MaskConfig
 

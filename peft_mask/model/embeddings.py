@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.names import state_name
 from peft_mask.settings.config import MaskConfig
 
-FSDP_PREFIX = "_fsdp_wrapped_module."
 _FROZEN = "peft_mask_frozen"  # names of a module's parameters that `bring_in` has made buffers
 
 
@@ -30,7 +30,7 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
             found.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):  # no model of transformers, or one without tokens
             continue
-    named = {id(module): name.replace(FSDP_PREFIX, "") for name, module in model.named_modules()}
+    named = {id(module): state_name(name) for name, module in model.named_modules()}
     return {named[id(module)]: module for module in found if module is not None and id(module) in named}
 
 

@@ -8,20 +8,23 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 
 from peft_mask.format.combine import CombinationType, check_votes, combined_mask
 from peft_mask.format.packing import pack_bits
 from peft_mask.layers.bias import Bias
+from peft_mask.layers.diffusers_hooks import check_can_write
 from peft_mask.layers.head import draw_head
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
 from peft_mask.model.checksums import checksums_of
-from peft_mask.model.embeddings import bring_in, embeddings_of, thaw
-from peft_mask.model.mixed import rows_of
+from peft_mask.model.embeddings import thaw
+from peft_mask.model.mixed import copies_in_generation, rows_of
+from peft_mask.model.names import compiled_in_place, named_as_in, plain_name
 from peft_mask.model.native import make_room, record_sizes
+from peft_mask.model.reference import copy_beside, fill_reference, is_reference, masks_to_refer_to, reference_config
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
 from peft_mask.model.state import records_of_adapter, state_from_records
 from peft_mask.model.targets import checked_shapes, resolve_targets
@@ -48,7 +51,14 @@ class MaskModel(ScoredAdapters):
     tuner_layer_cls = MaskLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's declaration; see `default_target_modules`
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(compiled_in_place(model), *args, **kwargs)
+
     # ---- injection ----
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MaskConfig, key: str) -> Any:
+        return ScoredAdapters._check_target_module_exists(peft_config, plain_name(key))
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
@@ -107,6 +117,7 @@ class MaskModel(ScoredAdapters):
         parameter_name: str | None = None,
     ) -> None:
         layer: MaskLayer
+        current_key = plain_name(current_key)
         if parameter_name is not None:
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.update_layer(adapter_name, peft_config, current_key)
@@ -122,8 +133,15 @@ class MaskModel(ScoredAdapters):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        compiled_in_place(model)  # what was compiled since the last adapter
+        if not is_reference(adapter_name, self.peft_config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            make_room(model, adapter_name, self.peft_config[adapter_name])
+            return
+        masks = masks_to_refer_to(model)
+        self.peft_config[adapter_name] = reference_config(self.peft_config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        make_room(model, adapter_name, self.peft_config[adapter_name])
+        fill_reference(model, masks)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
@@ -176,7 +194,7 @@ class MaskModel(ScoredAdapters):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter named '{adapter_name}' already: delete it, or take another name.")
         layers = {
-            name: layer
+            plain_name(name): layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, MaskLayer) and not layer.available_adapters.isdisjoint(adapters)
         }
@@ -189,13 +207,7 @@ class MaskModel(ScoredAdapters):
             masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
             bits = pack_bits(combined_mask(masks, weights, combination_type))
             layer.peft_mask_bits.fill(adapter_name, bits)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
-                first = module.modules_to_save[adapters[0]]
-                if adapter_name not in module.modules_to_save:  # an embedding that came with the first
-                    path = next(path for path, found in embeddings_of(self.model).items() if found is module)
-                    bring_in(self.model, adapter_name, {path: first.state_dict()})
-                module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
+        copy_beside(self.model, adapters[0], adapter_name)
 
     # ---- merging ----
 
@@ -210,6 +222,7 @@ class MaskModel(ScoredAdapters):
         self._merge(list(_mask_layers(self.model)), adapter_names, safe_merge)
 
     def _merge(self, layers: list[MaskLayer], adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+        check_can_write(self.model)
         depths = [layer.merge_depth for layer in layers]
         try:
             for layer in layers:
@@ -223,7 +236,12 @@ class MaskModel(ScoredAdapters):
 
     def unmerge_adapter(self) -> None:
         """Put the weights of the base model back, bit for bit."""
-        for layer in _mask_layers(self.model):
+        self._unmerge(list(_mask_layers(self.model)))
+
+    def _unmerge(self, layers: list[MaskLayer]) -> None:
+        if any(layer.merged for layer in layers):
+            check_can_write(self.model)
+        for layer in layers:
             with onloaded(layer):
                 layer.unmerge()
 
@@ -265,9 +283,7 @@ class MaskModel(ScoredAdapters):
         if adapter_name is not None and adapter_name not in self.peft_config:
             raise ValueError(f"no adapter named {adapter_name!r}; loaded are {sorted(self.peft_config)}.")
         layers = list(_mask_layers(self.model))
-        for layer in layers:
-            with onloaded(layer):
-                layer.unmerge()
+        self._unmerge(layers)
         if adapter_name is None:
             self.disable_adapter_layers()
             return
@@ -282,8 +298,7 @@ class MaskModel(ScoredAdapters):
         if (adapter_names := kwargs.get("adapter_names")) is None:
             yield
             return
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        with rows_of(self.model, adapter_names, copies):
+        with rows_of(self.model, adapter_names, copies_in_generation(self.model, kwargs)):
             yield
 
     # ---- saving and loading ----
@@ -297,6 +312,8 @@ class MaskModel(ScoredAdapters):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # PEFT looks for heads and embeddings in this mapping, a copy of what it was given, by their names in `model`
+        state_dict.update(named_as_in(model, state_dict))
         tensors = records_of_adapter(model, adapter_name, state_dict, config.portable)
         if tensors:  # the configuration is written after them, and beside them
             config.record_bytes = record_sizes(tensors, adapter_name)
@@ -306,15 +323,14 @@ class MaskModel(ScoredAdapters):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # what an adapter trained of an embedding comes twice: by PEFT's name for it, and by that in the file
-        return super()._remove_adapter_name_from_key(
-            key.replace(f".modules_to_save.{adapter_name}.", "."), adapter_name
-        )
+        key = key.replace(f".modules_to_save.{adapter_name}.", ".")
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return state_from_records(model, config, adapter_name, state_dict)
+        return state_from_records(model, config, adapter_name, named_as_in(model, state_dict))
 
 
 def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer]) -> MaskConfig:

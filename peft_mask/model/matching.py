@@ -12,6 +12,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from peft_mask.model.heads import USUAL_HEADS
+from peft_mask.model.names import plain_name
 from peft_mask.settings.config import MaskConfig
 
 
@@ -29,14 +30,14 @@ def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def matched_modules(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that `config` names to be masked, wrapped or not, with their names."""
     for name, module in outermost_modules(model):
-        if name and check_target_module_exists(config, name):
+        if name and check_target_module_exists(config, plain_name(name)):
             yield name, module
 
 
 def matched_parameters(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield what `config.target_parameters` names: module name, module, and the parameter's own name."""
     for name, module, parameter in _own_parameters(model) if config.target_parameters else ():
-        if any(f".{name}.{parameter}".endswith(f".{target}") for target in config.target_parameters or ()):
+        if any(f".{plain_name(name)}.{parameter}".endswith(f".{target}") for target in config.target_parameters or ()):
             yield name, module, parameter
 
 

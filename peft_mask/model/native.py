@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_mask.format.checksums import check
-from peft_mask.format.packing import count_zeros
+from peft_mask.format.packing import bits_shape, count_zeros
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.beside import own_by_name
+from peft_mask.model.names import module_name
 from peft_mask.model.restored import rebuilt_scores
 from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named
 from peft_mask.settings.config import MaskConfig
@@ -47,7 +48,7 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         adapter_name: which adapter.
         config: its configuration.
     """
-    layers = layers_of_adapter(model, adapter_name)
+    layers = {module_name(path): layer for path, layer in layers_of_adapter(model, adapter_name).items()}
     if len(config.records_to_come) != len(layers):  # unknown, or of other modules
         return
     sizes = dict(zip(sorted(layers), config.records_to_come, strict=True))
@@ -75,7 +76,7 @@ def _check_beside(model: nn.Module, adapter_name: str, checksums: Mapping[str, A
         check(checksums, None, kept)
     except ValueError:
         for name, layer in layers.items():
-            layer.peft_mask_bits.wait_for(adapter_name, name)
+            layer.peft_mask_bits.wait_for(adapter_name, name, bits_shape(layer.mask_shape))
         raise
 
 

@@ -17,9 +17,11 @@ from peft_mask.format.fingerprint import UNKNOWN
 from peft_mask.format.packing import count_zeros
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import read_record, write_record
+from peft_mask.layers.diffusers_hooks import check_in_memory
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
-from peft_mask.model.beside import PEFT_PREFIX, module_name, own_tensors
-from peft_mask.model.embeddings import FSDP_PREFIX, add_rows, bring_in
+from peft_mask.model.beside import own_tensors
+from peft_mask.model.embeddings import add_rows, bring_in
+from peft_mask.model.names import PEFT_PREFIX, module_name, state_name
 from peft_mask.model.restored import checked_scores, rebuilt_scores
 from peft_mask.scores.budget import file_bytes
 from peft_mask.scores.init import restart_margin
@@ -33,7 +35,7 @@ FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_score
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
     """Return the masked layers of an adapter by their state-dict path in `model`."""
     return {
-        name.replace(FSDP_PREFIX, ""): module
+        state_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
     }
@@ -81,6 +83,7 @@ def records_of_adapter(
                 "Accelerate: zero3_save_16bit_model: true)."
             )
         return {}
+    check_in_memory(model)
     tensors: dict[str, torch.Tensor] = {}
     dead, inexact = [], []
     for path, layer in layers.items():
@@ -99,6 +102,12 @@ def records_of_adapter(
             raise ValueError(
                 f"cannot save the mask of '{module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
+            )
+        if scores is None and bits_key not in state_dict:
+            missing = scores_key if adapter_name in layer.peft_mask_scores else bits_key
+            raise ValueError(
+                f"cannot save the mask of '{module_name(path)}': the state dict that was handed over has no "
+                f"'{missing}'; it holds names such as '{next(iter(state_dict))}'. Hand over that of the whole model."
             )
         shape = layer.mask_shape
         if scores is None:
@@ -260,6 +269,11 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
     """
     with onloaded(layer):
         weight = layer.unmerged_weight()
+        if is_sharded(weight):
+            raise ValueError(
+                f"cannot load the mask of '{name}': the base weight is sharded over processes, and a mask is checked "
+                "against all of it. Load the adapter first, and shard the model afterwards."
+            )
         try:
             record = read_record(data, weight.shape, None if weight.is_meta else weight)
         except WrongBaseError as error:

@@ -28,9 +28,11 @@ from peft_mask.model.matching import (
     matched_parameters,
     outermost_modules,
 )
+from peft_mask.model.names import plain_name
 from peft_mask.scores.units import check_groups, unit_shape
 from peft_mask.settings.config import MaskConfig
-from peft_mask.tensors.sharded import is_taken_away
+from peft_mask.tensors.memory import sharing_memory
+from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away
 from peft_mask.tensors.stored import StoredWeight
 
 _WAY_OUT = "Leave it out of target_modules, or name it in exclude_modules."
@@ -59,10 +61,10 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
         leave_out_unmaskable(model, config)
     if config.head == "masked":
         pooler = f"{cast(PreTrainedModel, model).base_model_prefix}.pooler"
-        matched = {name for name, _ in matched_modules(model, config)}
+        matched = {plain_name(name) for name, _ in matched_modules(model, config)}
         config.target_modules = matched | linear_layers(model, (*config.head_names, pooler))
     check_found(model, config)
-    matched = {name for name, _ in matched_modules(model, config)}
+    matched = {plain_name(name) for name, _ in matched_modules(model, config)}
     if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in matched):
         # PEFT saves the dense embedding as well if it finds the bare name, or a pattern for it, among the targets
         config.target_modules = matched
@@ -108,7 +110,7 @@ def leave_out_unmaskable(model: nn.Module, config: MaskConfig) -> None:
         if reason is None and any(f"{name}.".startswith(f"{one}.") for one in new):
             continue  # `train_new_head` has said so
         if reason is None:
-            names.add(name)
+            names.add(plain_name(name))
         else:
             reasons.setdefault(reason, []).append(name)
     config.target_modules = names
@@ -224,6 +226,14 @@ def _check_in_one_piece(name: str, stored: StoredWeight) -> None:
             "which weights get a score follows from their values. Make the model with its masks before "
             "TrainingArguments or Accelerator; DeepSpeed takes it apart when it prepares it."
         )
+    parameter = stored.parameter
+    loaded_in_parts = hasattr(stored.module, "_hf_device_mesh")  # by transformers before 5, as plain tensors
+    if is_sharded(parameter) or is_flattened(parameter) or has_no_storage(parameter) or loaded_in_parts:
+        raise ValueError(
+            f"cannot mask '{name}': its weight of shape {tuple(stored.shape)} is sharded over processes, and masks are "
+            "made, loaded and checked with all of its values. Add or load the adapter first, and shard the model with "
+            "its masks afterwards: fully_shard(get_peft_model(model, config)). Load the base without tp_plan."
+        )
 
 
 def _check_here(name: str, module: nn.Module) -> None:
@@ -247,13 +257,16 @@ def _is_masked_whole(module: nn.Module) -> bool:
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Parameter, set[str]]:
-    """Map every parameter called `weight` that several modules share to the names of these modules."""
+    """Map every parameter that several modules share, or share memory with, to the names of these modules."""
     owners: dict[nn.Parameter, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(weight, set()).add(name.removesuffix(".base_layer"))
-    return {weight: names for weight, names in owners.items() if len(names) > 1}
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(name.removesuffix(".base_layer"))
+    for group in sharing_memory(owners):
+        names = set().union(*(owners[parameter] for parameter in group))
+        owners.update(dict.fromkeys(group, names))
+    return {parameter: names for parameter, names in owners.items() if len(names) > 1}
 
 
 def attention_head_size(model: nn.Module) -> int | None:
@@ -282,7 +295,7 @@ def default_target_modules(model: nn.Module) -> set[str]:
         )
     backbone = "" if model.base_model is model else model.base_model_prefix + "."
     return {
-        name
+        plain_name(name)
         for name, module in outermost_modules(model)
         if name.startswith(backbone)
         and (base := module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)

@@ -81,6 +81,11 @@ def is_whole(parameter: torch.Tensor) -> bool:
     return not parameter.is_meta and not in_parts
 
 
+def has_no_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values are freed, as FSDP1 does with views of a flat parameter between two uses."""
+    return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+
+
 def check_can_change(parameter: torch.Tensor, what: str) -> None:
     """Raise a `RuntimeError` if DeepSpeed trains a parameter: it does that in a copy of its own, in its own time."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):

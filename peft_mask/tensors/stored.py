@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_mask.tensors.elements import put, take
-from peft_mask.tensors.sharded import is_flattened, is_taken_away, shape_of
+from peft_mask.tensors.sharded import is_flattened, is_sharded, is_taken_away, shape_of
 
 COMPUTED_ANEW = (
     "its {name} is computed anew in each forward pass (weight_norm, spectral_norm, prune or another parametrization), "
@@ -83,11 +83,11 @@ class StoredWeight:
 
     def take(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the elements at row-major positions (int64)."""
-        return self._take(self._elements(), positions)
+        return self._take(self._own_elements(), positions)
 
     def put(self, positions: torch.Tensor, elements: torch.Tensor) -> None:
         """Store what `take` returned, in place."""
-        self._put(self._elements(), positions, elements)
+        self._put(self._own_elements(), positions, elements)
 
     def switch_off(self, positions: torch.Tensor) -> None:
         """Store the element of the value zero at each of these positions, in place."""
@@ -119,6 +119,14 @@ class StoredWeight:
         if reason := self.reason_not_kept:
             raise ValueError(f"cannot merge a mask into a {type(self.module).__name__}: {reason}.")
         return self.parameter.data
+
+    def _own_elements(self) -> torch.Tensor:
+        if is_sharded(self.parameter):
+            raise ValueError(
+                f"cannot merge into the {self.name} of a {type(self.module).__name__}, of shape {tuple(self.shape)}: "
+                "it is sharded over processes. Save the adapter, and load and merge it into a whole base model."
+            )
+        return self._elements()
 
     def _values_of(self, elements: torch.Tensor) -> torch.Tensor:
         return elements

@@ -90,3 +90,14 @@ def test_a_compiled_peft_model_takes_adapters_as_it_takes_inputs():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
         with model.disable_adapter():
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_trace_of_masks_is_refused_and_one_of_merged_weights_right():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), MaskConfig(target_modules=["0"])).eval()
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record how a mask is made: merge it first"):
+        torch.jit.trace(model, x)
+    expected = model(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    model.merge_adapter()
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)

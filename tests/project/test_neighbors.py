@@ -194,15 +194,53 @@ def test_dpo_goes_on_from_a_trained_mask_against_a_merged_reference(trained, tmp
     assert not torch.equal(logits(model), start)
 
 
-# Strict: the day TRL copies them this fails, and docs/neighbors.md, which says what to do instead, has to change.
-@pytest.mark.xfail(strict=True, reason="TRL copies parameters with '.default.' in their names; ours end in it")
+def rewarded(kind, model, folder):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+    sizes = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "max_steps": 1, "bf16": False}
+    return trainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+        args=config(str(folder), **sizes, **SETTINGS),
+        train_dataset=Dataset.from_dict({"prompt": [text(i) for i in range(8)]}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[MaskCallback()],
+    )
+
+
+def kto_trainer(model, folder):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    rows = {"prompt": [text(i) for i in range(8)], "completion": [" " + text(i + 3) for i in range(8)]}
+    return trl.KTOTrainer(
+        model,
+        args=trl.KTOConfig(str(folder), max_steps=1, bf16=False, **SETTINGS),
+        train_dataset=Dataset.from_dict(rows | {"label": [True, False] * 4}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[MaskCallback()],
+    )
+
+
+WITH_REFERENCE = {
+    "dpo": dpo_trainer,
+    "kto": kto_trainer,
+    "grpo": lambda model, folder: rewarded("GRPO", model, folder),
+    "rloo": lambda model, folder: rewarded("RLOO", model, folder),
+}
+
+
+@pytest.mark.parametrize("make", WITH_REFERENCE.values(), ids=WITH_REFERENCE)
 @pytest.mark.filterwarnings("ignore:the adapter 'default' holds masks without scores")
-def test_the_reference_that_dpo_makes_of_a_trained_mask_is_that_mask(trained, tmp_path):
+def test_the_reference_of_a_trained_mask_is_that_mask(make, trained, tmp_path):
     model = PeftModel.from_pretrained(causal_lm(), trained, is_trainable=True)
     start = logits(model)
-    dpo_trainer(model, tmp_path)
+    trainer = make(model, tmp_path)
+    trainer.optimizer = create_mask_optimizer(trainer.model, mask_lr=0.03)
+    trainer.train()
+    assert not torch.equal(logits(model), start)
     model.set_adapter("ref")
     assert torch.equal(logits(model), start)
+    if make is dpo_trainer:
+        assert logged(trainer, "loss")[0] == pytest.approx(math.log(2))
 
 
 # ---- sentence-transformers ----
@@ -397,6 +435,65 @@ def test_a_merged_unet_is_an_ordinary_one(unet, tmp_path):
     merged = PeftModel.from_pretrained(unet(), tmp_path).merge_and_unload()
     assert type(merged) is type(unet())
     assert torch.equal(denoised(merged), trained)
+
+
+def cast(model):
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def offload(model, **settings):
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **settings)
+
+
+def to_disk(folder):
+    return lambda model: offload(model, offload_type="leaf_level", offload_to_disk_path=str(folder / "groups"))
+
+
+@pytest.fixture
+def unet_mask(unet, tmp_path):
+    model = get_peft_model(unet(), MaskConfig(target_modules=UNET_TARGETS, target_sparsity=0.05, init_weights=False))
+    model.save_pretrained(tmp_path / "mask")
+    return tmp_path / "mask"
+
+
+@pytest.mark.parametrize("masked_first", [False, True])
+@pytest.mark.parametrize("way", ["cast", "leaf_level", "block_level", "disk"])
+@torch.no_grad()
+def test_a_unet_that_is_cast_or_offloaded_computes_under_its_mask(unet, unet_mask, way, masked_first, tmp_path):
+    kinds = {"cast": cast, "disk": to_disk(tmp_path), "leaf_level": lambda m: offload(m, offload_type="leaf_level")}
+    kinds["block_level"] = lambda m: offload(m, offload_type="block_level", num_blocks_per_group=1)
+    expected = denoised(PeftModel.from_pretrained(unet(), unet_mask))
+    base = unet()
+    if masked_first:
+        model = PeftModel.from_pretrained(base, unet_mask)
+        kinds[way](base)
+    else:
+        kinds[way](base)
+        model = PeftModel.from_pretrained(base, unet_mask)
+    got = denoised(model)
+    if way != "cast":
+        assert torch.equal(got, expected)
+    elif not masked_first:
+        assert 0 < (got - expected).abs().max() < 0.1 * (denoised(unet()) - expected).abs().max()
+    if way == "disk":
+        with pytest.raises(ValueError, match="cannot merge, or unmerge: diffusers' group offloading"):
+            model.merge_adapter()
+        assert torch.equal(denoised(model), expected)
+    else:
+        model.merge_adapter()
+        torch.testing.assert_close(denoised(model), got)
+        model.unmerge_adapter()
+        assert torch.equal(denoised(model), got)
+
+
+@torch.no_grad()
+def test_masks_on_disk_are_not_saved_from_a_state_dict_without_values(unet, unet_mask, tmp_path):
+    base = unet()
+    model = PeftModel.from_pretrained(base, unet_mask)
+    to_disk(tmp_path)(base)
+    with pytest.raises(ValueError, match="diffusers' group offloading keeps tensors of it on disk"):
+        model.save_pretrained(tmp_path / "again")
 
 
 # ---- transformers' other trainers ----
