@@ -135,3 +135,12 @@ class BitsDict(Integers):
             super().__setattr__(name, value)
         else:
             receive(value)
+
+
+def check_not_traced() -> None:
+    """Raise a `RuntimeError` under `torch.jit.trace`, which cannot record bits that are read as another dtype."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record how a mask is made: merge it first, with merge_and_unload() or "
+            "merge_adapter(). torch.export and torch.compile take the model as it is."
+        )

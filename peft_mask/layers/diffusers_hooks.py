@@ -8,7 +8,7 @@ to disk, of whatever was in memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -21,9 +21,14 @@ def hooked_by_diffusers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if _REGISTRY in module.__dict__]
 
 
+def with_hooks_of_diffusers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Return a context around which runs what diffusers would run around calls of these modules, if it hooked any."""
+    hooked = hooked_by_diffusers(modules)
+    return _with_hooks(hooked) if hooked else nullcontext()
+
+
 @contextmanager
-def with_hooks_of_diffusers(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run what diffusers would before these modules are called, and afterwards what it would then."""
+def _with_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             for hook in reversed(_hooks(module)):  # the latest is the outermost

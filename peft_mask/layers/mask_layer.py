@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
-from peft_mask.layers.bits import BitsDict
+from peft_mask.layers.bits import BitsDict, check_not_traced
 from peft_mask.layers.casting import Integers, Scores
 from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 from peft_mask.layers.hooks import call_with_hooks
@@ -90,9 +90,9 @@ class MaskLayer(MergingLayer):
         return self._get_available_adapters()
 
     @property
-    def containers(self) -> tuple[nn.Module, ...]:
-        """What holds the tensors that its masks are made of."""
-        return self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
+    def hooked_parts(self) -> tuple[nn.Module, ...]:
+        """What holds the tensors that it computes with, and may be hooked to bring them."""
+        return self.get_base_layer(), self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
 
     @property
     def in_features(self) -> int:
@@ -269,7 +269,8 @@ class MaskLayer(MergingLayer):
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Call the base layer as it would be with its weight under these adapters, its hooks included."""
-        return call_with_hooks(self.base_layer, partial(self._compute, adapter_names), *args, **kwargs)
+        with with_hooks_of_diffusers(self.hooked_parts):
+            return call_with_hooks(self.base_layer, partial(self._compute, adapter_names), *args, **kwargs)
 
     def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute what the base layer's `forward` would with its weight under these adapters."""
@@ -337,18 +338,9 @@ class MaskLayer(MergingLayer):
         return "peft_mask." + super()._get_name()
 
 
-def check_not_traced() -> None:
-    """Raise a `RuntimeError` under `torch.jit.trace`, which cannot record bits that are read as another dtype."""
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(
-            "torch.jit.trace cannot record how a mask is made: merge it first, with merge_and_unload() or "
-            "merge_adapter(). torch.export and torch.compile take the model as it is."
-        )
-
-
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
-    if hooked := hooked_by_diffusers((layer.get_base_layer(), *layer.containers)):
+    if hooked := hooked_by_diffusers(layer.hooked_parts):
         return with_hooks_of_diffusers(hooked)
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()
 

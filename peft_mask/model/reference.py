@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -58,7 +59,7 @@ def fill_reference(model: nn.Module, masks: Mapping[MaskLayer, torch.Tensor]) ->
 def copy_beside(model: nn.Module, source: str, target: str) -> None:
     """Copy what an adapter has beside its masks to another one: heads, token embeddings, a resized vocabulary."""
     for path, module in embeddings_of(model).items():
-        own = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else {}
+        own: Any = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else {}
         if source in own and target not in own:
             bring_in(model, target, {path: dict(own[source].state_dict())})
     for module in model.modules():
