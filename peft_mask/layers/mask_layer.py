@@ -210,7 +210,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
         self._rules.pop(adapter_name, None)
-        self._resting.pop(adapter_name, None)
+        self._resting.begin(adapter_name, Rest())
         self._versions.pop(adapter_name, None)
 
     # ---- merging ----
