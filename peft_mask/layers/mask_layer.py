@@ -213,7 +213,7 @@ class MaskLayer(MergingLayer):
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
         self._rules.pop(adapter_name, None)
-        self._resting.pop(adapter_name, None)
+        self._resting.begin(adapter_name, Rest())
         self._versions.pop(adapter_name, None)
         self._checks.pop(adapter_name, None)
 
