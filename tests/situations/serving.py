@@ -68,7 +68,13 @@ def merged_in_turn(method: Method, folder: Path) -> bool:
     return right
 
 
-@situation(PART, "Trace a model with its adapter (`torch.jit.trace`)", lora="right", mask="right")
+@situation(
+    PART,
+    "Trace a model with its adapter (`torch.jit.trace`), unmerged",
+    lora="right",
+    mask="refused",
+    refusal="merge it first",
+)
 def traced(method: Method, folder: Path) -> bool:
     model = get_peft_model(network(), method.changed(target_modules=["first"])).eval()
     torch.manual_seed(3)

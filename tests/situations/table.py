@@ -74,14 +74,14 @@ def situation(
 def page() -> str:
     """The table in Markdown."""
     verdicts = [row.verdict for row in SITUATIONS]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("better", "equal", "worse"))
+    better, equal, worse = (verdicts.count(verdict) for verdict in ("better", "equal", "worse"))
     lines = [
         "# What people do every day",
         "",
         "Each row was met by somebody with an adapter of some method. A test tries it with LoRA and with a mask, on a",
         "tiny model, and holds both to what stands here. *Refused* is an error; *wrong* is wrong without one.",
         "",
-        f"{len(SITUATIONS)} situations; a mask ends {counts} than or to LoRA.",
+        f"Of {len(SITUATIONS)} situations a mask ends better than LoRA in {better}, alike in {equal}, worse in {worse}.",
     ]
     for part in dict.fromkeys(row.part for row in SITUATIONS):
         lines += ["", f"## {part}", "", "| situation | LoRA | mask |", "|---|---|---|"]
