@@ -76,6 +76,7 @@ HOOKS = [
     Hook(TUNER + "_add_modules_to_save_to_tie", "says what ensure_weight_tying ties", ours=MODEL),
     Hook("peft.utils.other:set_additional_trainable_modules", "ties it", says='getattr(peft_config, "modules_to_tie"'),
     Hook(TUNER + "_create_and_replace", "puts a masked layer in the place of a module", ours=MODEL),
+    Hook(TUNER + "_check_target_module_exists", "matches names without what wrappers add", ours=MODEL),
     Hook(TUNER + "_replace_module", "also puts task heads of several layers back", ours=MODEL),
     Hook(TUNER + "inject_adapter", "then makes room for records that are loaded by name", ours=MODEL),
     Hook(TUNER + "_cast_adapter_dtype", "gives scores the dtype of scores_dtype", ours=MODEL),
@@ -131,7 +132,11 @@ HOOKS = [
     Hook(BUFFERS + "__contains__", "an adapter with scores has no bits, only room for them", ("key",)),
     Hook(BUFFERS + "__delitem__", "room goes with its adapter", ("key",)),
     Hook(BUFFERS + "__setitem__", "registers a buffer, past the attribute", says="register_buffer"),
-    Hook("peft.utils:ModulesToSaveWrapper", "finds the task heads of an adapter that is made of others"),
+    Hook(
+        "peft.utils.other:AuxiliaryTrainingWrapper.adapter_state_dict_load_map",
+        "finds the heads and tokens that a reference, or an adapter made of others, copies",
+        ("adapter_name",),
+    ),
     Hook("peft.utils:TrainableTokensWrapper", "finds trained tokens, of which there is no vote"),
     # merging, mixed batches
     Hook(TUNER + "merge_adapter", "all layers or none", ours=MODEL),
@@ -157,7 +162,11 @@ HOOKS = [
     Hook(TUNER + "_get_adapter_state_dict", "saves records instead of scores", ours=MODEL),
     Hook(TUNER + "_remap_adapter_state_dict_for_load", "makes bits or scores of records", ours=MODEL),
     Hook("peft:get_peft_model_state_dict", "saves through that hook", says="_get_adapter_state_dict("),
-    Hook(TUNER + "_remove_adapter_name_from_key", "an embedding that is trained whole is saved once", ours=MODEL),
+    Hook(
+        TUNER + "_remove_adapter_name_from_key",
+        "an embedding that is trained whole is saved once, and wrappers leave no names",
+        ours=MODEL,
+    ),
     Hook(
         "peft:get_peft_model_state_dict",
         "adds embeddings from the same state dict that our hook was given, which is PEFT's own copy",
@@ -181,6 +190,13 @@ HOOKS = [
         says="self.eval()",
         needs="transformers>=5",
     ),
+    Hook(
+        "peft:get_peft_model_state_dict",
+        "finds heads in the mapping that our hook was given, a copy of the caller's",
+        says="state_dict = state_dict_filtered_for_adapter_name",
+    ),
+    Hook("torch.nn:Module._wrapped_call_impl", "calls what is compiled in place", says="self._compiled_call_impl"),
+    Hook("torch._dynamo:OptimizedModule.__init__", "what compiles a wrapped module", says="self.dynamo_ctx = "),
     Hook("peft:set_peft_model_state_dict", "loads through that one", says="_remap_adapter_state_dict_for_load("),
     Hook("peft:set_peft_model_state_dict", "hotswap_adapter", ("model", "peft_model_state_dict", "adapter_name")),
     Hook("peft.utils:load_peft_weights", "hotswap_adapter, and loads the best checkpoint", ("model_id", "device")),

@@ -81,7 +81,7 @@ def page() -> str:
         "Each row was met by somebody with an adapter of some method. A test tries it with LoRA and with a mask, on a",
         "tiny model, and holds both to what stands here. *Refused* is an error; *wrong* is wrong without one.",
         "",
-        f"Of {len(SITUATIONS)} situations a mask ends better than LoRA in {better}, alike in {equal}, worse in {worse}.",
+        f"In {len(SITUATIONS)} situations a mask ends better than LoRA {better} times, alike {equal}, worse {worse}.",
     ]
     for part in dict.fromkeys(row.part for row in SITUATIONS):
         lines += ["", f"## {part}", "", "| situation | LoRA | mask |", "|---|---|---|"]
