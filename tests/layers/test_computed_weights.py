@@ -71,7 +71,7 @@ def test_default_targets_leave_computed_weights_out():
     inputs = tiny_inputs(base)
     with torch.no_grad():
         expected = base(**inputs).logits
-        with pytest.warns(UserWarning, match="that are not masked: .*self.key, .*self.query, since its weight is comp"):
+        with pytest.warns(UserWarning, match="that are not masked: .*self.query, .*self.key, since its weight is comp"):
             model = get_peft_model(base, MaskConfig(task_type="SEQ_CLS")).eval()
         torch.testing.assert_close(model(**inputs).logits, expected)
     targets = model.peft_config["default"].target_modules
