@@ -73,8 +73,8 @@ def _check_beside(model: nn.Module, adapter_name: str, checksums: Mapping[str, A
         for name in checksums["tensors"]:  # by this door a tensor that no module asks for is only reported
             if name.endswith(".trainable_tokens_delta") and name not in own:
                 raise ValueError(
-                    f"cannot load '{name}': the configuration names no trainable_token_indices for it. Download or save "
-                    "the adapter again."
+                    f"cannot load '{name}': the configuration names no trainable_token_indices for it. Download or "
+                    "save the adapter again."
                 )
         check(checksums, None, kept)
     except ValueError:
