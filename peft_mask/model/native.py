@@ -67,12 +67,18 @@ def _check_beside(model: nn.Module, adapter_name: str, checksums: Mapping[str, A
     layers = layers_of_adapter(model, adapter_name)
     if any(layer.peft_mask_bits.is_open(adapter_name) for layer in layers.values()):
         return  # a mask that did not come raises when it is used
-    kept = {}
-    for name, (tensor, tokens) in own_by_name(model, adapter_name).items():
+    own, kept = own_by_name(model, adapter_name), {}
+    for name, (tensor, tokens) in own.items():
         dtype = checksums["tensors"].get(name, "").partition(" ")[0]
         if dtype in ("", f"{tensor.dtype}".removeprefix("torch.")):  # else transformers has cast it on the way
             kept[name] = tensor, tokens
     try:
+        for name in checksums["tensors"]:  # by this door a tensor that no module asks for is only reported
+            if name.endswith(".trainable_tokens_delta") and name not in own:
+                raise ValueError(
+                    f"cannot load '{name}': the configuration names no trainable_token_indices for it. Download or "
+                    "save the adapter again."
+                )
         check(checksums, None, kept)
     except ValueError:
         for name, layer in layers.items():
