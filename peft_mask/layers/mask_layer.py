@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -116,11 +116,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
-        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape)
+        device = self.peft_mask_scores[adapter_name].device
+        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape, device)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
-        return adapter_name in self._rules and self._rules[adapter_name].zeros is not None
+        return adapter_name in self._rules and self._rules[adapter_name].budget is not None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # what `to`, `cuda` and the like come down to
+        for adapter_name, scores in self.peft_mask_scores.items():
+            self._rules[adapter_name] = self.rule(adapter_name).to(scores.device)
+        return self
 
     def positions(self, adapter_name: str) -> torch.Tensor | None:
         """Return the positions of the weights that have a score in an adapter, or None if all have."""
