@@ -20,6 +20,7 @@ from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
 from peft_mask.model.mixed import rows_of
 from peft_mask.model.native import make_room, record_sizes
+from peft_mask.model.replicas import spare_replicas
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
 from peft_mask.model.state import records_of_adapter, state_from_records
 from peft_mask.model.targets import checked_shapes, resolve_targets
@@ -121,6 +122,7 @@ class MaskModel(ScoredAdapters):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         make_room(model, adapter_name, self.peft_config[adapter_name])
+        spare_replicas(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked

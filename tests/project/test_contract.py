@@ -182,6 +182,27 @@ HOOKS = [
     Hook(CALLBACK + "on_push_begin", "sets scores aside", ours=MASK_CALLBACK, needs="transformers>=5"),
     Hook(CALLBACK + "on_save", "puts them back", ours=MASK_CALLBACK),
     # torch
+    Hook("torch.nn:Module._apply", "moves budgets to where the scores go", ("fn", "recurse")),
+    Hook(
+        "torch.nn.parallel:DistributedDataParallel.__init__",
+        "asks us once, in all processes, which buffers not to send",
+        says="self.parameters_to_ignore = set(module._ddp_params_and_buffers_to_ignore)",
+    ),
+    Hook(
+        "torch.nn.parallel:DistributedDataParallel._assign_modules_buffers",
+        "sends none of these",
+        says="if buffer_name not in self.parameters_to_ignore",
+    ),
+    Hook("peft:PeftModel.__getattr__", "DDP finds them through it", says="getattr(self.base_model, name)"),
+    Hook(TUNER + "__getattr__", "and through this", says="getattr(self.model, name)"),
+    Hook(
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        "training_memory computes blocks in place of this function",
+        says="self._gradient_checkpointing_func(partial(",
+    ),
+    Hook("torch.utils._python_dispatch:TorchDispatchMode", "answers questions about values on the meta device"),
+    Hook("torch.utils._pytree:tree_leaves", "finds what a block is given", ("tree",)),
+    Hook("torch.utils._pytree:tree_map_only", "cuts what it returns off its past"),
     Hook("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "knows attention's out_proj, which is not called"),
     Hook("torch.nn:Conv1d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),
     Hook("torch.nn:Conv2d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),
