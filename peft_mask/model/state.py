@@ -196,7 +196,7 @@ def state_from_records(
             value = scores[name]
             off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
             if not _are_scores(value, parameter) or not torch.equal(
-                layer.rule(adapter_name).packed_mask(value, layer.mask_shape, positions, most=off), bits
+                layer.rule(adapter_name).packed_mask(value, layer.mask_shape, positions, most=off).cpu(), bits
             ):
                 raise ValueError(
                     f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "
