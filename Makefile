@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow peft-suite attacks audit lint format bench gpu clean
+.PHONY: help demo test test-slow peft-suite attacks audit lint format bench reports gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -65,6 +65,10 @@ format: $(READY) ## mend what ruff can mend
 
 bench: $(READY) ## the benchmarks
 	$(RUN) -m benchmarks
+
+reports: $(READY) ## tables and pictures of all trainings at hand, anew from their rows; trains nothing
+	$(RUN) -m benchmarks report
+	$(RUN) -m reproduction report
 
 gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmarks/results/gpu
 	$(RUN) -c 'import torch; torch.cuda.is_available() or exit("no CUDA device, or a torch without CUDA (CONTRIBUTING.md says where builds come from): " + torch.__version__)'

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no folder is to be looked for on the Hub b
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from attacks import cases, fuzz, kill, resume, run
+from attacks import cases, damage, fuzz, kill, resume, run
 
 
 def main() -> int:
@@ -26,6 +26,10 @@ def main() -> int:
     fuzzing.add_argument("--files", type=int, default=100_000, help="how many")
     fuzzing.add_argument("--seed", type=int, default=0, help="which ones")
     fuzzing.add_argument("--start", type=int, default=0, help="number of the first, to repeat one")
+    damaging = commands.add_parser("damage", help="good adapters with trained heads, damaged")
+    damaging.add_argument("--files", type=int, default=10_000, help="how many")
+    damaging.add_argument("--seed", type=int, default=0, help="which ones")
+    damaging.add_argument("--start", type=int, default=0, help="number of the first, to repeat one")
     killing = commands.add_parser("kill", help="kill processes that save")
     killing.add_argument("--kills", type=int, default=200, help="how many, of each kind")
     killing.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -39,6 +43,8 @@ def main() -> int:
     disable_progress_bar()
     if arguments.command == "fuzz":
         return 0 if fuzz.report(arguments.files, arguments.seed, arguments.start) else 1
+    if arguments.command == "damage":
+        return 0 if damage.report(arguments.files, arguments.seed, arguments.start) else 1
     if arguments.command == "kill":
         return 0 if kill.report(arguments.kills, arguments.seed) else 1
     if arguments.command == "resume":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attacks.victim import CONFIG, WEIGHTS
+from peft_mask.format.checksums import checksum_of
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -46,10 +47,16 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Change the tensors, in a file that is well-formed."""
+    """Change the tensors, in a file that is well-formed, and make the checksums of what stands beside masks right."""
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    said = json.loads((folder / CONFIG).read_text()).get("checksums")
+    if said is not None:
+        for name in said["tensors"]:
+            if (tensor := tensors.get(f"base_model.model.{name}")) is not None and not tensor.is_complex():
+                said["tensors"][name] = checksum_of(name, tensor)
+        edit_config(folder, checksums=said)
 
 
 def edit_config(folder: Path, **fields: Any) -> None:

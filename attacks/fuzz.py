@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from attacks.forge import as_tensor, join, seal, split
-from peft_mask import Masks, record
+from peft_mask import Masks
+from peft_mask.format import record
 from peft_mask.format.coding import BLOCK
 from peft_mask.format.fingerprint import fingerprint_of
 from peft_mask.format.mask_file import read_masks

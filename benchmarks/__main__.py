@@ -1,7 +1,39 @@
-"""`python -m benchmarks`: the benchmarks that need no data and take minutes, in turn."""
+"""`python -m benchmarks`: the benchmarks that need no data and take minutes, in turn.
 
-from benchmarks import codec, memory, step, switch
+`python -m benchmarks report` trains and times nothing: it writes the tables and pictures of all trainings at hand.
+"""
 
-if __name__ == "__main__":
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import codec, decoder, long, memory, rules, step, switch
+from benchmarks.accuracy.report import write_report
+from benchmarks.harness import RESULTS
+
+ACCURACY = Path(__file__).parent / "accuracy"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
+    if parser.parse_args(arguments).command == "report":
+        write_reports(ACCURACY, RESULTS)
+        return
     for benchmark in (step, memory, switch, codec):
         benchmark.main()
+
+
+def write_reports(accuracy: Path, results: Path) -> None:
+    """Write the pages of all `runs.jsonl` in these folders."""
+    for runs in sorted(accuracy.glob("*/runs.jsonl")):
+        print(write_report(runs.parent))
+    decoder.write_pages(results)
+    long.write_page_of(results / "long")
+    rules.write_page_of(results / "rules")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,11 @@
 
     python -m examples.smollm2 smollm2
     python -m benchmarks.decoder --model smollm2 --data FOLDER
+    python -m benchmarks.decoder report            # the pages of the results at hand
 
 FOLDER holds `train.jsonl`, `dev.jsonl` and `test.jsonl` with texts. Every method sees the same blocks in the same
-order. Dev chooses the rate at which test is scored. One JSON file a run, in `results/decoder`: what has a file is not
-run again. An hour on a laptop whose processor multiplies in bfloat16; for others there is `--dtype float32`.
+order. Dev chooses the rate at which test is scored. Each run is a row of `results/decoder/runs.jsonl`: what has a row
+is not run again. An hour on a laptop whose processor multiplies in bfloat16; for others there is `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import math
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,14 @@ from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from benchmarks.accuracy.sizes import measure
-from benchmarks.harness import RESULTS, environment, report, table
+from benchmarks.harness import RESULTS, environment, report, table, together
+from benchmarks.runs_file import Row, RunsFile
 from examples.causal_lm import pack
 from peft_mask import MaskConfig, SparsitySchedule, create_mask_optimizer, spend_budget
 
 BLOCK_SIZE = 128
+KEY = ("data", "dtype", "steps", "batch_size", "method", "rate")
+BASE = "base model"  # in the place of a method
 SEED = 0
 WARMUP = 0.1
 SPLITS = {"dev": 32, "test": 64}  # blocks that are scored
@@ -89,15 +92,11 @@ class Setting:
     """What all runs share."""
 
     model: str
+    data: str
     blocks: dict[str, torch.Tensor]  # split -> (blocks, BLOCK_SIZE)
     steps: int
     batch_size: int
     dtype: str = "bfloat16"  # of products
-
-    @property
-    def suffix(self) -> str:
-        """What file names say of the dtype."""
-        return "" if self.dtype == "bfloat16" else f"-{self.dtype}"
 
     def base(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
@@ -147,38 +146,40 @@ def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dic
         return model, figures | measure(Path(folder))
 
 
-def run(name: str, rate: float, setting: Setting, folder: Path, best: float) -> dict[str, Any]:
+def runs_in(results: Path) -> RunsFile:
+    """The file of all runs, in this folder of results."""
+    return RunsFile(results / "decoder", KEY)
+
+
+def run(name: str, rate: float, setting: Setting, results: Path, best: float) -> Row:
     """Train once, unless there is a result; score dev, and test if no rate tried before was better on dev.
 
     Args:
-        name: of a method; another name stands for the base model as it is.
+        name: of a method, or `BASE`.
         rate: learning rate.
         setting: what all runs share.
-        folder: of the results.
+        results: folder of the results.
         best: lowest loss on dev of the rates before.
     """
-    slug = re.sub("[^a-z0-9.]+", "-", name.lower())
-    file = folder / f"{slug}-{rate:g}-{setting.steps}x{setting.batch_size}{setting.suffix}.json"
-    if file.exists():
-        return json.loads(file.read_text("utf-8"))
+    what = (setting.data, setting.dtype, setting.steps, setting.batch_size, name, rate)
+    if (done := runs_in(results).read().get(what)) is not None:
+        return done
     print(f"{name}, rate {rate:g}", flush=True)
     model, figures = train(METHODS[name], rate, setting) if name in METHODS else (setting.base(), {})
-    result = {"method": name, "rate": rate, "dev": setting.score(model, "dev"), **figures}
+    result = {**dict(zip(KEY, what, strict=True)), "dev": setting.score(model, "dev"), **figures}
     if result["dev"] < best:
         result["test"] = setting.score(model, "test")
     print(f"  { ({key: value for key, value in result.items() if key != 'losses'}) }", flush=True)
-    file.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n", "utf-8")
+    result |= {"environment": environment()}
+    runs_in(results).add(result)
     return result
 
 
-def best_of(
-    name: str, rates: Sequence[float], setting: Setting, folder: Path
-) -> tuple[dict[str, Any], dict[float, float]]:
-    """Return the result at the rate with the lowest loss on dev, and the loss on dev at each rate."""
-    tries: list[dict[str, Any]] = []
+def run_rates(name: str, rates: Sequence[float], setting: Setting, results: Path) -> None:
+    """Do the runs at these rates, one after the other."""
+    best = math.inf
     for rate in rates:
-        tries.append(run(name, rate, setting, folder, min((tried["dev"] for tried in tries), default=math.inf)))
-    return min(tries, key=lambda tried: tried["dev"]), {tried["rate"]: tried["dev"] for tried in tries}
+        best = min(best, run(name, rate, setting, results, best)["dev"])
 
 
 def rates_of(name: str, only: Sequence[float]) -> Sequence[float]:
@@ -187,7 +188,39 @@ def rates_of(name: str, only: Sequence[float]) -> Sequence[float]:
     return [rate for rate in rates if rate in only] or rates
 
 
-def row(result: dict[str, Any], dev: Mapping[float, float]) -> tuple[str, ...]:
+def write_pages(results: Path) -> None:
+    """Write decoder.md, and decoder-float32.md of runs in float32, with a table for each setting at hand."""
+    found: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
+    for run in runs_in(results).read().values():
+        setting = run["data"], run["steps"], run["batch_size"]
+        found.setdefault(run["dtype"], {}).setdefault(setting, []).append(run)
+    for dtype, by_setting in found.items():
+        tables, best = zip(*(setting_table(runs) for runs in by_setting.values()), strict=True)
+        where = together([run["environment"] for runs in by_setting.values() for run in runs])
+        name = "decoder" if dtype == "bfloat16" else f"decoder-{dtype}"
+        title = "A decoder: perplexity of held-out text"
+        report(name, title, "\n\n".join(tables), [run for runs in best for run in runs], results, where=where)
+
+
+def setting_table(runs: Sequence[Row]) -> tuple[str, list[Row]]:
+    """Return the table of runs of one setting, and of each method the run at the rate with the lowest loss on dev."""
+    methods = [BASE, *METHODS]
+    tries: dict[str, list[Row]] = {}
+    for run in sorted(runs, key=lambda run: methods.index(run["method"])):
+        tries.setdefault(run["method"], []).append(run)
+    best = [min(tried, key=lambda run: run["dev"]) for tried in tries.values()]
+    dev = [{run["rate"]: run["dev"] for run in tried} for tried in tries.values()]
+    first = runs[0]
+    text = (
+        f"{first['data']}, {first['steps']} steps of {first['batch_size']} blocks of {BLOCK_SIZE} tokens, one seed; "
+        "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear "
+        f"decay, gradient norm 1, no weight decay, products in {first['dtype']}.\n\n"
+    )
+    header = ("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev")
+    return text + table(header, list(map(row, best, dev))), best
+
+
+def row(result: Row, dev: Mapping[float, float]) -> tuple[str, ...]:
     return (
         result["method"],
         f"{math.exp(result['dev']):.2f}",
@@ -200,8 +233,9 @@ def row(result: dict[str, Any], dev: Mapping[float, float]) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of the decoder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, dev.jsonl and test.jsonl")
+    parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("--model", help="folder of the decoder")
+    parser.add_argument("--data", type=Path, help="folder of train.jsonl, dev.jsonl and test.jsonl")
     parser.add_argument("--field", default="text", help="name of the text in each line")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=2, help=f"blocks of {BLOCK_SIZE} tokens")
@@ -212,6 +246,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of products")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
+    if options.command == "report":
+        write_pages(options.results)
+        return
+    if options.model is None or options.data is None:
+        parser.error("--model and --data are needed: the folders of the decoder and of the texts")
     known = sorted({rate for name in options.methods for rate in METHODS[name].rates})
     if unknown := set(options.rates).difference(known):
         told = ", ".join(f"{rate:g}" for rate in sorted(unknown))
@@ -224,19 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = [json.loads(line)[options.field] for line in lines if line]
         random.Random(SEED).shuffle(texts)  # some come sorted by label, and then each text helps to predict the next
         blocks[split] = pack(texts, tokenizer, BLOCK_SIZE)[: SPLITS.get(split)]
-    setting = Setting(options.model, blocks, options.steps, options.batch_size, options.dtype)
-    folder = options.results / "decoder" / options.data.name
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("base model", *options.methods)
-    results = [best_of(name, rates_of(name, options.rates), setting, folder) for name in names]
-    body = (
-        f"{options.data.name}, {setting.steps} steps of {setting.batch_size} blocks of {BLOCK_SIZE} tokens, one seed; "
-        "perplexity, on test at the rate that is best on dev; linear warm-up over a tenth of the steps and linear "
-        f"decay, gradient norm 1, no weight decay, products in {setting.dtype}.\n\n"
-        + table(("method", "dev", "test", "bytes", "bits a weight", "rates tried: dev"), [row(*r) for r in results])
-    )
-    title = "A decoder: perplexity of held-out text"
-    report(f"decoder{setting.suffix}", title, body, [result for result, _ in results], options.results)
+    setting = Setting(options.model, options.data.name, blocks, options.steps, options.batch_size, options.dtype)
+    for name in (BASE, *options.methods):
+        run_rates(name, rates_of(name, options.rates), setting, options.results)
+    runs_in(options.results).tidy()
+    write_pages(options.results)
 
 
 if __name__ == "__main__":

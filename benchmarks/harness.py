@@ -128,13 +128,42 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def report(name: str, title: str, body: str, figures: Any, folder: Path | None = None, device: str = "cpu") -> None:
+def write_page(folder: Path, title: str, command: str, body: str) -> None:
+    """Print a table of the rows in `folder`, and file it beside them."""
+    print(body)
+    told = f"Written by `{command}` from the rows of [runs.jsonl](runs.jsonl), one a training."
+    (folder / "README.md").write_text(f"# {title}\n\n{told}\n\n{body}\n", "utf-8")
+
+
+def together(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one environment of several, which has all the values of what differs."""
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in environments for key in each):
+        values = [each[key] for each in environments if key in each]
+        if isinstance(values[0], Mapping):
+            merged[key] = together(values)
+        else:
+            different = list(dict.fromkeys(values))
+            merged[key] = different[0] if len(different) == 1 else ", ".join(sorted(map(str, different)))
+    return merged
+
+
+def report(
+    name: str,
+    title: str,
+    body: str,
+    figures: Any,
+    folder: Path | None = None,
+    device: str = "cpu",
+    where: Mapping[str, Any] | None = None,
+) -> None:
     """Print a result and file it as `<name>.md` and `<name>.json`, with the environment beside it.
 
-    Those of a GPU go to a folder of their own, if `folder` does not say where.
+    That is this one, if `where` does not say in which the figures were made. Those of a GPU go to a folder of their
+    own, if `folder` does not say where.
     """
     folder = folder or (RESULTS / "gpu" if torch.device(device).type == "cuda" else RESULTS)
-    where = environment(device)
+    where = where or environment(device)
     versions = ", ".join(f"{package} {number}" for package, number in where["versions"].items())
     gpu = f"{where['gpu']}, CUDA {where['cuda']}; " if "gpu" in where else ""
     footer = (

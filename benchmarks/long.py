@@ -1,13 +1,12 @@
 """Long trainings: accuracy on development data along the way, of one seed.
 
 python -m benchmarks.long --data FOLDER [--task trec] [--method mask] [--lr 5e-4] [--steps 10000] [--batch_size 32]
-python -m benchmarks.long                      # the table of the results at hand
+python -m benchmarks.long                      # the page of the results at hand
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import environment
 from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.accuracy.training import Method, Setting, accuracy, train
-from benchmarks.harness import RESULTS, table
+from benchmarks.harness import RESULTS, table, write_page
+from benchmarks.runs_file import RunsFile
 
+TITLE = "Long trainings: accuracy on development data, %, along the way"
 MARKS = (100, 150, 300, 600, 1000, 1500, *range(2000, 10001, 1000))
 
 
@@ -41,9 +42,13 @@ def follow(task: Task, method: Method, lr: float, steps: int, setting: Setting) 
     return {**run, "along": along, **figures, "environment": environment()}
 
 
+def runs_in(folder: Path) -> RunsFile:
+    return RunsFile(folder, ("task", "method", "lr", "batch_size", "steps"))
+
+
 def long_table(folder: Path) -> str:
     """Return a table of all results in `folder`, a row a training."""
-    results = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    results = runs_in(folder).read().values()
     marks = [mark for mark in MARKS if any(str(mark) in result["along"] for result in results)]
     rows = []
     for result in results:
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with one folder a task")
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
-    parser.add_argument("--results", type=Path, default=RESULTS / "long", help="one JSON file a training")
+    parser.add_argument("--results", type=Path, default=RESULTS / "long", help="folder of the results")
     parser.add_argument("--task", choices=TASKS, default="trec")
     trained = [name for name, row in METHODS.items() if isinstance(row, Method)]
     parser.add_argument("--method", choices=trained, default="mask")
@@ -78,11 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         method = METHODS[options.method]
         assert isinstance(method, Method)
         result = follow(TASKS[options.task], method, options.lr, options.steps, setting)
-        options.results.mkdir(parents=True, exist_ok=True)
-        name = f"{options.task}-{method.name}-{options.lr:g}-{options.batch_size}x{options.steps}.json"
-        file = options.results / name
-        file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(long_table(options.results))
+        runs_in(options.results).add(result)
+        runs_in(options.results).tidy()
+    write_page_of(options.results)
+
+
+def write_page_of(folder: Path) -> None:
+    write_page(folder, TITLE, "python -m benchmarks.long", long_table(folder))
 
 
 if __name__ == "__main__":

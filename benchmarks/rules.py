@@ -1,5 +1,7 @@
 """`python -m benchmarks.rules --data FOLDER`: the other binarizers, structures and options, beside the default.
 
+Without `--data` it writes the page of the results at hand.
+
 Each is a row of the harness of `benchmarks.accuracy`: the same loop, budgets and data, the rate of the scores chosen on
 development data among the few of its row, test read once. The default's figures are those in its results.
 """
@@ -23,10 +25,11 @@ from benchmarks.accuracy.report import read_results
 from benchmarks.accuracy.runs import run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Method, Setting
-from benchmarks.harness import RESULTS, table
+from benchmarks.harness import RESULTS, table, write_page
 from peft_mask import HoldSparsity, MaskConfig, SparsityPenalty, create_mask_optimizer
 
 ADAMW_NOTE = f"scores by AdamW; {HEAD_NOTE}"
+TITLE = "The other binarizers, structures and options"
 BY_VOTES = f"{STEPS_NOTE}; {HEAD_NOTE}"
 
 
@@ -169,22 +172,27 @@ RULES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Does the runs without a result, then prints the table."""
+    """Does the runs without a result, then prints and files the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rules", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with one folder a task")
+    parser.add_argument("--data", type=Path, help="folder with one folder a task")
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
-    parser.add_argument("--results", type=Path, default=RESULTS / "rules", help="one JSON file a run")
+    parser.add_argument("--results", type=Path, default=RESULTS / "rules", help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec", "ud_ewt_pos"], metavar="TASK")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
     parser.add_argument("--steps", type=int, help="budget of every task, in place of the table's")
     options = parser.parse_args(arguments)
-    torch.set_flush_denormal(True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    setting = Setting(options.data, options.model or minilm())
-    tasks, rules = [TASKS[name] for name in options.tasks], [RULES[name] for name in options.rules]
-    run_all(tasks, rules, [0], setting, options.results, options.steps)
-    print(figures(options.results))
+    if options.data is not None:
+        torch.set_flush_denormal(True)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        setting = Setting(options.data, options.model or minilm())
+        tasks, rules = [TASKS[name] for name in options.tasks], [RULES[name] for name in options.rules]
+        run_all(tasks, rules, [0], setting, options.results, options.steps)
+    write_page_of(options.results)
+
+
+def write_page_of(results: Path) -> None:
+    write_page(results, TITLE, "python -m benchmarks.rules", figures(results))
 
 
 def figures(results: Path) -> str:

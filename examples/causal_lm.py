@@ -6,7 +6,7 @@
 prints the perplexity of held-out texts for the base model and with each mask, and continues a few prompts: without a
 mask, with each, and with all of them mixed in one batch. `out/recipes` and `out/poems` then hold the adapters.
 
-Files may be CSV, JSON or JSONL with a column of texts, or TXT with a text a line. Every argument of
+Files may be CSV, TSV, JSON, JSONL or Parquet with a column of texts, or TXT with a text a line. Every argument of
 `transformers.TrainingArguments` works (`--max_steps`, `--per_device_train_batch_size`, `--seed`, `--bf16`, ...);
 `--help` lists them. There is no learning rate to choose: a mask is the same with any. `--target_bytes 200000` asks for
 masks of 200 kB.
@@ -36,10 +36,19 @@ from transformers import (
     set_seed,
 )
 
-from examples.script import load_file
+from examples.card import command_of, write_card
+from examples.files import load_file
+from examples.script import pretrained
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
 
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+FILE_TYPES = {
+    ".csv": "table",
+    ".tsv": "table",
+    ".json": "json",
+    ".jsonl": "json lines",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 BASE = "__base__"  # PEFT's name for rows of a batch without an adapter
 
 
@@ -48,7 +57,9 @@ class ScriptArguments:
     """What `TrainingArguments` does not say."""
 
     model_name_or_path: str = field(metadata={"help": "Causal language model on the Hub, or a folder."})
-    train_files: list[str] = field(metadata={"help": "CSV, JSON, JSONL or TXT files; each gets a mask of its own."})
+    train_files: list[str] = field(
+        metadata={"help": "CSV, TSV, JSON, JSONL, Parquet or TXT files; each gets a mask of its own."}
+    )
     test_files: list[str] | None = field(default=None, metadata={"help": "Held-out texts, a file for each train file."})
     names: list[str] | None = field(
         default=None, metadata={"help": "Names of the masks, by default those of the files."}
@@ -75,7 +86,10 @@ def load_texts(option: str, name: str, column: str) -> Dataset:
         raise ValueError(f"{name}: there is no column {column!r}, the file has {rows.column_names}; see --text_column.")
     if (kind := getattr(rows.features[column], "dtype", "lists")) not in ("string", "large_string"):
         raise ValueError(f"{name}: column {column!r} holds {kind}, not texts; see --text_column.")
-    return rows.filter(bool, input_columns=column)
+    rows = rows.filter(bool, input_columns=column)
+    if len(rows) == 0:
+        raise ValueError(f"{name}: column {column!r} is empty in every row; expected texts.")
+    return rows
 
 
 def load_splits(arguments: ScriptArguments, seed: int) -> dict[str, tuple[Dataset, Dataset]]:
@@ -99,6 +113,10 @@ def load_splits(arguments: ScriptArguments, seed: int) -> dict[str, tuple[Datase
         if arguments.test_files is not None:
             splits[name] = train, load_texts("test_files", arguments.test_files[index], arguments.text_column)
         else:
+            if len(train) < 2:
+                raise ValueError(
+                    f"{file}: one text cannot be both learned and held out; add texts, or give --test_files."
+                )
             parts = train.train_test_split(test_size=0.1, seed=seed)
             splits[name] = parts["train"], parts["test"]
     return splits
@@ -204,14 +222,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(training_arguments.seed)
     first = training_arguments.process_index == 0  # of several processes that one writes and prints
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     try:
+        splits = load_splits(arguments, training_arguments.seed)
+        tokenizer = pretrained(AutoTokenizer, arguments.model_name_or_path, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         blocks = {
-            name: [pack(rows[arguments.text_column], tokenizer, arguments.block_size) for rows in splits]
-            for name, splits in load_splits(arguments, training_arguments.seed).items()
+            name: [pack(rows[arguments.text_column], tokenizer, arguments.block_size) for rows in parts]
+            for name, parts in splits.items()
         }
-        model = with_masks(AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path), list(blocks), arguments)
+        base = pretrained(AutoModelForCausalLM, arguments.model_name_or_path)
+        model = with_masks(base, list(blocks), arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 
@@ -235,6 +255,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not first:
         return {"perplexity": figures}
     print_perplexities(figures)
+
+    for file, (name, (train, test)) in zip(arguments.test_files or arguments.train_files, blocks.items(), strict=True):
+        write_card(
+            output / name,
+            command_of(ScriptArguments, argv, training_arguments),
+            "text-generation",
+            Path(file).name,
+            figures={"perplexity": figures[name][name]},
+            facts={
+                "train tokens": f"{train.numel():,}",
+                "test tokens": f"{test.numel():,}",
+                "perplexity without it": f"{figures[BASE][name]:.4f}",
+            },
+        )
 
     rows = [(prompt, name) for prompt in arguments.prompts for name in texts]
     mixed = generate(

@@ -19,7 +19,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, EvalPrediction
 
-from examples.script import ScriptArguments, Task, check_columns, choose_test_split, logits_of, run, used_splits
+from examples.rows import check_filled, source_of
+from examples.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
 
 
 def pairs(row: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -32,27 +33,48 @@ def pairs(row: dict[str, Any]) -> tuple[list[str], list[str]]:
     return [row["sent1"]] * len(second), second
 
 
+def check_choices(rows: Dataset) -> None:
+    """Check that every row has texts to choose from, as many as the others, and the number of the right one.
+
+    Raises:
+        ValueError: if a column is missing, or a row is not so.
+    """
+    given, usual = rows.column_names, ["context", "choices", "label"]
+    if "choices" not in given:
+        usual = ["sent1", "sent2", "ending0", "label"]
+    check_filled(rows, [*usual, *(name for name in given if name.startswith("ending") and name not in usual)])
+    expected = None
+    for number, row in enumerate(rows, 1):
+        where = f"{source_of(rows)}: row {number}:"
+        choices = pairs(row)[1] if "choices" not in row or isinstance(row["choices"], list) else []
+        expected = expected or len(choices)
+        if len(choices) < 2 or len(choices) != expected:
+            raise ValueError(
+                f"{where} expected two choices or more, as many as in row 1 ({expected}), found {len(choices)}."
+            )
+        texts = [row["context"], *choices] if "choices" in row else [row["sent1"], *choices]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where} expected texts, found {texts!r:.80}.")
+        if str(row["label"]) not in map(str, range(len(choices))):
+            raise ValueError(
+                f"{where} column 'label': expected the number of the right choice, from 0 to {len(choices) - 1}, got "
+                f"{row['label']!r}."
+            )
+
+
 def encode(split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     """Turn each row into a list of token ids a choice.
 
     Raises:
         ValueError: if a column is missing, or a label is the number of no choice.
     """
-    given = split.column_names
-    check_columns(
-        given, ["context", "choices", "label"] if "choices" in given else ["sent1", "sent2", "ending0", "label"]
-    )
+    check_choices(split)
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         context, choices = pairs(row)
-        if row["label"] not in range(len(choices)):
-            raise ValueError(
-                f"column 'label': expected the number of the right choice, from 0 to {len(choices) - 1}, got "
-                f"{row['label']!r}."
-            )
-        return {**tokenizer(context, choices, truncation=True, max_length=max_length), "labels": row["label"]}
+        return {**tokenizer(context, choices, truncation=True, max_length=max_length), "labels": int(row["label"])}
 
-    return split.map(encode_row, remove_columns=given)
+    return split.map(encode_row, remove_columns=split.column_names)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -64,8 +86,9 @@ def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: ScriptArgumen
     """Make the task of the splits.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a row lacks choices or the number of the right one.
     """
+    check_choices(splits["train"])
     test = choose_test_split(splits, "label", seed)
     data = {name: encode(splits[name], tokenizer, arguments.max_seq_length) for name in used_splits(splits, test)}
     return Task(

@@ -6,9 +6,9 @@
     python -m examples.question_answering --model_name_or_path bert-base-uncased \
         --train_file train.jsonl --validation_file dev.jsonl --version_2_with_negative --output_dir out
 
-A local file has the columns of `datasets`' SQuAD: `question`, `context` and `answers`, which holds the lists `text` and
-`answer_start` (both empty if the context does not say). Printed are SQuAD's exact match and F1 in per cent. Every
-argument of `transformers.TrainingArguments` works.
+A local file is one of SQuAD's own, or has the columns of `datasets`' SQuAD: `question`, `context` and `answers`, which
+holds the lists `text` and `answer_start` (both empty if the context does not say). Printed are SQuAD's exact match and
+F1 in per cent. Every argument of `transformers.TrainingArguments` works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
-from examples.script import ScriptArguments, Task, check_columns, choose_test_split, run, used_splits
+from examples.rows import check_filled, check_texts, is_file, source_of
+from examples.script import ScriptArguments, Task, choose_test_split, run, used_splits
 
 COLUMNS = ("question", "context", "answers")
 
@@ -40,6 +41,55 @@ class AnswerArguments(ScriptArguments):
     n_best_size: int = field(default=20, metadata={"help": "Starts and ends that are looked at."})
     max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
     version_2_with_negative: bool = field(default=False, metadata={"help": "Some contexts do not hold the answer."})
+
+
+def flat(rows: Dataset) -> Dataset:
+    """Return a row for each question of SQuAD's own files, which have paragraphs; other rows as they are.
+
+    Raises:
+        ValueError: if the paragraphs are not those of SQuAD.
+    """
+    if "paragraphs" not in rows.column_names:
+        return rows
+    found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    try:
+        for paragraph in (paragraph for article in rows for paragraph in article["paragraphs"]):
+            for question in paragraph["qas"]:
+                found["question"].append(question["question"])
+                found["context"].append(paragraph["context"])
+                answers = question["answers"] or []
+                found["answers"].append({key: [answer[key] for answer in answers] for key in ("text", "answer_start")})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source_of(rows)}: expected paragraphs as in SQuAD, with 'context' and 'qas' ({error})."
+        ) from None
+    flattened = Dataset.from_dict(found)
+    flattened.info.description = rows.info.description
+    return flattened
+
+
+def check_questions(rows: Dataset) -> None:
+    """Check that every row has a question, a context and answers; that those of a file stand where they say.
+
+    Raises:
+        ValueError: if a column is missing, or a row is not so.
+    """
+    check_filled(rows, COLUMNS)
+    check_texts(rows, COLUMNS[:2])
+    for number, row in enumerate(rows, 1):
+        where, answers = f"{source_of(rows)}: row {number}: column 'answers'", row["answers"]
+        lists = [answers.get(name) for name in ("text", "answer_start")] if isinstance(answers, dict) else [None]
+        kinds = [[type(value) for value in values] if isinstance(values, list) else None for values in lists]
+        if None in kinds or kinds != [[kind] * len(lists[0]) for kind in (str, int)]:
+            raise ValueError(
+                f"{where}: expected an object with the lists 'text', of texts, and 'answer_start', of as many whole "
+                f"numbers, found {answers!r:.80}."
+            )
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True) if is_file(rows) else ():
+            if (found := row["context"][start : start + len(text)]) != text:
+                raise ValueError(
+                    f"{where}: at character {start} of the context expected {text!r:.60}, found {found!r:.60}."
+                )
 
 
 def windows(rows: dict[str, list[Any]], tokenizer: Any, max_length: int, stride: int) -> Any:
@@ -173,12 +223,14 @@ def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: AnswerArgumen
     """Make the task of the splits; of the one to score at the end also "rows", as they are, and their "windows".
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a row lacks a question, a context or answers.
     """
+    splits.update({name: flat(rows) for name, rows in splits.items()})
+    check_questions(splits["train"])
     test = choose_test_split(splits, "answers", seed)
     data = {}
     for name in used_splits(splits, test):
-        check_columns(splits[name].column_names, COLUMNS)
+        check_questions(splits[name])
         data[name] = splits[name].map(
             partial(encode_train, tokenizer=tokenizer, arguments=arguments),
             batched=True,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -24,10 +24,11 @@ from transformers import (
     set_seed,
 )
 
-from examples.tagging import read_columns
+from examples.card import command_of, write_card
+from examples.files import FILE_TYPES, load_file
+from examples.rows import check_columns, hold_out, is_file, source_of
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
-FILE_TYPES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".conll": "columns"}
 LABEL_COLUMNS = ("label", "labels", "intent", "category")
 
 
@@ -35,11 +36,14 @@ LABEL_COLUMNS = ("label", "labels", "intent", "category")
 class ScriptArguments:
     """What `TrainingArguments` does not say; the names are those of transformers' own examples."""
 
+    file_types: ClassVar[Mapping[str, str]] = FILE_TYPES  # endings of files, and what reads them
     model_name_or_path: str = field(metadata={"help": "Encoder on the Hub, or a folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Its revision."})
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON, JSONL or CoNLL file, in its place."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local file in its place, of a type that examples/README.md lists."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "File for evaluation during training."})
     test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
@@ -48,6 +52,18 @@ class ScriptArguments:
 
 
 Arguments = TypeVar("Arguments", bound=ScriptArguments)
+
+
+def pretrained(kind: Any, name: str, **settings: Any) -> Any:
+    """Load what `kind`, an auto class, makes of a folder or a model of the Hub.
+
+    Raises:
+        ValueError: if there is no such thing.
+    """
+    try:
+        return kind.from_pretrained(name, **settings)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class Task:
         if self.labels is not None:
             numbers = {label: number for number, label in enumerate(self.labels)}
             config |= {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)), "label2id": numbers}
-        return self.model_class.from_pretrained(name, **config)
+        return pretrained(self.model_class, name, **config)
 
 
 def parse(kind: type[Arguments], description: str, argv: Sequence[str] | None) -> tuple[Arguments, TrainingArguments]:
@@ -92,73 +108,45 @@ def parse(kind: type[Arguments], description: str, argv: Sequence[str] | None) -
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def load_file(option: str, name: str, types: Mapping[str, str] = FILE_TYPES) -> Dataset:
-    """Load a file of rows; one in CoNLL columns has `tokens` and, from its last column, `tags`.
-
-    Args:
-        option: of the command line, which an error names.
-        name: the file.
-        types: endings of files, and what `datasets` calls their type.
-
-    Raises:
-        ValueError: if the type of the file is unknown.
-        FileNotFoundError: if it does not exist.
-    """
-    path = Path(name)
-    if path.suffix not in types:
-        raise ValueError(f"--{option} {name}: expected a file that ends in one of {', '.join(types)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"--{option} {name}: there is no such file (working directory {Path.cwd()}).")
-    if types[path.suffix] == "columns":
-        pairs = [tuple(zip(*sentence, strict=True)) for sentence in read_columns(path)]
-        return Dataset.from_list([{"tokens": list(words), "tags": list(tags)} for words, tags in pairs])
-    return load_dataset(types[path.suffix], data_files=str(path), split="train")
-
-
 def load_splits(arguments: ScriptArguments) -> dict[str, Dataset]:
     """Load the splits of a data set of the Hub or of local files, by name.
 
     Raises:
-        ValueError: if neither a data set nor a train file is given, or both, or a file has an unknown type.
+        ValueError: if neither a data set nor a train file is given, or both, or a file cannot be read.
         FileNotFoundError: if a file does not exist.
     """
     if (arguments.dataset_name is None) == (arguments.train_file is None):
         raise ValueError("give either --dataset_name (a data set of the Hub) or --train_file (a local file).")
+    if arguments.train_file is None and (arguments.validation_file or arguments.test_file):
+        raise ValueError("--validation_file and --test_file go with --train_file, not with --dataset_name.")
     if arguments.dataset_name is not None:
-        return dict(
-            load_dataset(arguments.dataset_name, arguments.dataset_config_name, revision=arguments.dataset_revision)
-        )
+        name = arguments.dataset_name
+        splits = dict(load_dataset(name, arguments.dataset_config_name, revision=arguments.dataset_revision))
+        for split, rows in splits.items():
+            rows.info.description = f"split {split!r} of {name}"
+        return splits
     files = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-    return {split: load_file(f"{split}_file", name) for split, name in files.items() if name is not None}
-
-
-def check_columns(available: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise ValueError if a wanted column is not among the available ones."""
-    if unknown := [name for name in wanted if name not in available]:
-        raise ValueError(f"there is no column {unknown}; the data have {list(available)}.")
-
-
-def choose_column(available: Sequence[str], given: str | None, usual: Sequence[str], option: str) -> str:
-    """Return a given column, else the first with a usual name.
-
-    Raises:
-        ValueError: if the given column does not exist, or none has a usual name.
-    """
-    if given is not None:
-        check_columns(available, [given])
-        return given
-    found = next((name for name in usual if name in available), None)
-    if found is None:
-        raise ValueError(f"name the column with --{option}; the data have {list(available)}.")
-    return found
+    return {
+        split: load_file(f"{split}_file", name, arguments.file_types)
+        for split, name in files.items()
+        if name is not None
+    }
 
 
 def choose_test_split(splits: dict[str, Dataset], label_column: str, seed: int) -> str:
-    """Return the name of the split to score at the end; if none has labels, hold out a tenth of the training rows."""
+    """Return the name of the split to score at the end; if none has labels, hold out a tenth of the training rows.
+
+    Raises:
+        ValueError: if a file for it has no labels, or the training rows are too few.
+    """
     for name in ("test", "validation", "validation_matched"):
+        if name in splits and is_file(splits[name]):
+            check_columns(splits[name], [label_column])
+            return name
+        # GLUE and SWAG publish their test labels as -1
         if name in splits and label_column in splits[name].features and -1 not in splits[name][label_column][:1]:
-            return name  # GLUE and SWAG publish their test labels as -1
-    splits.update(splits["train"].train_test_split(test_size=0.1, seed=seed))
+            return name
+    splits.update(hold_out(splits["train"], label_column, seed))
     print("no labelled test or validation split: a tenth of the training rows is held out for the test.")
     return "test"
 
@@ -166,36 +154,6 @@ def choose_test_split(splits: dict[str, Dataset], label_column: str, seed: int) 
 def used_splits(splits: dict[str, Dataset], test: str) -> list[str]:
     """Return the names of the splits that a training needs."""
     return [name for name in splits if name in ("train", "validation", test)]
-
-
-def label_names(feature: Any, values: Collection[Any], column: str) -> list[str]:
-    """Return the names of the labels in the order of their numbers.
-
-    Args:
-        feature: what `datasets` says of the column, of its elements if it holds lists.
-        values: the different values in it.
-        column: its name.
-
-    Raises:
-        ValueError: if the column holds numbers that are not whole: that is regression.
-    """
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    if feature.dtype.startswith("float"):
-        raise ValueError(f"column {column!r} holds {feature.dtype} numbers; classification needs classes.")
-    return [str(value) for value in sorted(values)]
-
-
-def label_number(value: Any, numbers: dict[str, int], column: str) -> int:
-    """Return the number of a label that is given by name, or by number as `ClassLabel` does.
-
-    Raises:
-        ValueError: if it does not occur in the training data.
-    """
-    number = numbers.get(str(value), -1)
-    if number < 0:
-        raise ValueError(f"column {column!r}: label {value!r} does not occur in the training data.")
-    return number
 
 
 def logits_of(prediction: EvalPrediction) -> Any:
@@ -228,11 +186,17 @@ class OptimizerTrainer(Trainer):
     def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer], **settings: Any) -> None:
         super().__init__(**settings)
         self.make_optimizer = make_optimizer
+        self.finish_card: Callable[[], None] | None = None  # what the card says of the training; pushing writes it anew
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self.make_optimizer(self.model)
         return self.optimizer
+
+    def create_model_card(self, *arguments: Any, **settings: Any) -> None:
+        super().create_model_card(*arguments, **settings)
+        if self.finish_card is not None and self.is_world_process_zero():
+            self.finish_card()
 
 
 def trainer_of(
@@ -284,10 +248,13 @@ def run(
     """
     arguments, training_arguments = parse(kind, description, argv)
     set_seed(training_arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
     try:
-        task = prepare(load_splits(arguments), tokenizer, arguments, training_arguments.seed)
+        splits = load_splits(arguments)
+        if "train" not in splits:
+            raise ValueError(f"{arguments.dataset_name} has no split 'train'; expected one, found {list(splits)}.")
+        tokenizer = pretrained(AutoTokenizer, arguments.model_name_or_path)
+        task = prepare(splits, tokenizer, arguments, training_arguments.seed)
         base = task.load(arguments.model_name_or_path)
         model = get_peft_model(base, MaskConfig(task_type=task.task_type, **budget))
     except (ValueError, FileNotFoundError) as error:
@@ -302,6 +269,19 @@ def run(
         if task.labels is not None:  # an adapter does not name them
             (output / "labels.json").write_text(json.dumps(task.labels), encoding="utf-8")
         mask, head = file_bytes(output / "adapter_model.safetensors", model.peft_config["default"].modules_to_save)
+        used = used_splits(splits, task.test)
+        trainer.finish_card = partial(
+            write_card,
+            output,
+            command_of(kind, argv, training_arguments),
+            task.hub_tag,
+            arguments.dataset_name
+            or Path(arguments.test_file or arguments.validation_file or arguments.train_file).name,
+            figures=dict(figures),
+            facts={f"{name} rows": f"{len(splits[name])} of {source_of(splits[name])}" for name in used},
+            labels=task.labels,
+        )
+        trainer.finish_card()
         for name, value in figures.items():
             print(f"{task.test} {name} {value:.4f}")
         print(f"{output}: mask {mask:,} bytes, head {head:,} bytes")

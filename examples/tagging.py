@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.conll import read_conll
+
 IGNORED = -100  # the label PyTorch's cross entropy leaves out
 
 Sentence = list[tuple[str, str]]  # (word, tag)
@@ -15,16 +17,16 @@ Span = tuple[int, int, str]  # first word, word after the last, type
 
 
 def read_columns(path: Path) -> list[Sentence]:
-    """Read tab-separated columns, the word first and the tag last, a blank line between sentences."""
-    sentences: list[Sentence] = [[]]
-    # Not splitlines(): a token may hold a character that Python takes for a line end.
-    for line in path.read_text("utf-8").split("\n"):
-        if line.strip():
-            columns = line.split("\t")
-            sentences[-1].append((columns[0], columns[-1]))
-        elif sentences[-1]:
-            sentences.append([])
-    return [sentence for sentence in sentences if sentence]
+    """Read the words and tags of a file in CoNLL columns; `examples.conll` says which columns they are.
+
+    Raises:
+        ValueError: if a line has more or fewer columns than the others.
+    """
+    try:
+        columns = read_conll(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return [list(zip(*sentence, strict=True)) for sentence in zip(columns["tokens"], columns["tags"], strict=True)]
 
 
 def label_last_pieces(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:

@@ -21,23 +21,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from examples.script import (
-    LABEL_COLUMNS,
-    ScriptArguments,
-    Task,
+from examples.rows import (
     check_columns,
+    check_texts,
     choose_column,
-    choose_test_split,
     label_names,
-    label_number,
-    logits_of,
-    run,
-    used_splits,
+    label_numbers,
+    source_of,
+    type_of,
 )
+from examples.script import LABEL_COLUMNS, ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
 
 GLUE = "nyu-mll/glue"
 # the names that the data sets of GLUE and many others use
@@ -68,17 +65,18 @@ class TextArguments(ScriptArguments):
             self.dataset_name, self.dataset_config_name = GLUE, self.task_name
 
 
-def text_columns(available: Sequence[str], given: Sequence[str] | None = None) -> list[str]:
+def text_columns(rows: Dataset, given: Sequence[str] | None = None) -> list[str]:
     """Return the text columns: those that are given, else those with a usual name.
 
     Raises:
         ValueError: if a given column does not exist, there are more than two, or none has a usual name.
     """
-    check_columns(available, given or ())
-    found = given or next((names for names in TEXT_COLUMNS if set(names) <= set(available)), ())
+    check_columns(rows, given or ())
+    found = given or next((names for names in TEXT_COLUMNS if set(names) <= set(rows.column_names)), ())
     if not 1 <= len(found) <= 2:
         raise ValueError(
-            f"name one text column, or two for pairs, with --text_column_names; the data have {list(available)}."
+            f"{source_of(rows)}: name one text column, or two for pairs, with --text_column_names; the data have "
+            f"{rows.column_names} (of a table, its first line)."
         )
     return list(found)
 
@@ -89,18 +87,15 @@ def encode(
     """Turn texts into token ids and labels into numbers.
 
     Raises:
-        ValueError: if a column is missing, or a label does not occur in the training data.
+        ValueError: if a row lacks a text or its label, or a label does not occur in the training data.
     """
-    check_columns(split.column_names, [*columns, label_column])
-    numbers = {name: number for number, name in enumerate(names)}
-    is_class = isinstance(split.features[label_column], ClassLabel)
+    check_texts(split, columns)
+    labels = label_numbers(split, label_column, names)
 
     def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        tokens = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
-        labels = batch[label_column]
-        return {**tokens, "labels": labels if is_class else [label_number(x, numbers, label_column) for x in labels]}
+        return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
 
-    return split.map(encode_batch, batched=True, remove_columns=split.column_names)
+    return split.map(encode_batch, batched=True, remove_columns=split.column_names).add_column("labels", labels)
 
 
 def metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -123,9 +118,12 @@ def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: TextArguments
         ValueError: if a column is missing, or a label does not occur in the training data.
     """
     train = splits["train"]
-    columns = text_columns(train.column_names, arguments.text_column_names)
-    label_column = choose_column(train.column_names, arguments.label_column_name, LABEL_COLUMNS, "label_column_name")
-    names = label_names(train.features[label_column], train.unique(label_column), label_column)
+    columns = text_columns(train, arguments.text_column_names)
+    label_column = choose_column(train, arguments.label_column_name, LABEL_COLUMNS, "label_column_name")
+    check_texts(train, columns)
+    if type_of(train, label_column) == "lists":
+        raise ValueError(f"{source_of(train)}: column {label_column!r} holds lists; expected one label a row.")
+    names = label_names(train, label_column)
     test = choose_test_split(splits, label_column, seed)
     data = {
         name: encode(splits[name], tokenizer, columns, label_column, names, arguments.max_seq_length)

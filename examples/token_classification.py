@@ -3,33 +3,25 @@
     python -m examples.token_classification --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --train_file examples/data/wnut17/train.conll --test_file examples/data/wnut17/test.conll --output_dir out
 
-A file is in CoNLL columns (token first, tag last, a blank line between sentences) or JSON lines with a list of words
-and one of tags; `--dataset_name` takes a data set of the Hub. The last piece of each word carries its tag, as in the
+A file is in CoNLL columns (token first, tag last, a blank line between sentences; of CoNLL-U's ten columns the tag is
+UPOS, and `--label_column_name xpos` takes another) or JSON or Parquet with a list of words and one of tags;
+`--dataset_name` takes a data set of the Hub. The last piece of each word carries its tag, as in the
 paper. Printed are the accuracy over words and, if tags are BIO, the F1 of spans, computed as seqeval does by default.
 Every argument of `transformers.TrainingArguments` works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction
 
-from examples.script import (
-    ScriptArguments,
-    Task,
-    check_columns,
-    choose_column,
-    choose_test_split,
-    label_names,
-    label_number,
-    logits_of,
-    run,
-    used_splits,
-)
+from examples.files import FILE_TYPES
+from examples.rows import check_words, choose_column, label_names, label_numbers
+from examples.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
 from examples.tagging import IGNORED, label_last_pieces, span_f1, token_accuracy
 
 WORD_COLUMNS = ("tokens", "words")
@@ -40,6 +32,10 @@ TAG_COLUMNS = ("ner_tags", "tags", "pos_tags", "labels", "upos")
 class TagArguments(ScriptArguments):
     """The arguments of this script."""
 
+    # the endings under which columns are met; a cell of a table holds no list of words
+    file_types: ClassVar[Mapping[str, str]] = FILE_TYPES | dict.fromkeys(
+        (".tsv", ".txt", ".bio", ".iob", ".iob2"), "columns"
+    )
     text_column_name: str | None = field(default=None, metadata={"help": "Column of the lists of words."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the lists of tags."})
 
@@ -50,21 +46,17 @@ def encode(
     """Turn words into pieces and tags into numbers, that of a word on its last piece.
 
     Raises:
-        ValueError: if a column is missing, or a tag does not occur in the training data.
+        ValueError: if a row lacks words or tags, or a tag does not occur in the training data.
     """
-    check_columns(split.column_names, [word_column, tag_column])
-    numbers = {name: number for number, name in enumerate(names)}
-    is_class = isinstance(split.features[tag_column].feature, ClassLabel)
+    check_words(split, word_column, tag_column)
+    tags = label_numbers(split, tag_column, names)
 
-    def encode_batch(batch: Any) -> dict[str, list[Any]]:
+    def encode_batch(batch: Any, rows: list[int]) -> dict[str, list[Any]]:
         pieces = tokenizer(batch[word_column], is_split_into_words=True, truncation=True, max_length=max_length)
-        labels = []
-        for row, tags in enumerate(batch[tag_column]):
-            known = tags if is_class else [label_number(tag, numbers, tag_column) for tag in tags]
-            labels.append(label_last_pieces(pieces.word_ids(row), known))
+        labels = [label_last_pieces(pieces.word_ids(place), tags[row]) for place, row in enumerate(rows)]
         return {**pieces, "labels": labels}
 
-    return split.map(encode_batch, batched=True, remove_columns=split.column_names)
+    return split.map(encode_batch, with_indices=True, batched=True, remove_columns=split.column_names)
 
 
 def metrics_of(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -90,9 +82,10 @@ def prepare(splits: dict[str, Dataset], tokenizer: Any, arguments: TagArguments,
         ValueError: if a column is missing, or a tag does not occur in the training data.
     """
     train = splits["train"]
-    words = choose_column(train.column_names, arguments.text_column_name, WORD_COLUMNS, "text_column_name")
-    tags = choose_column(train.column_names, arguments.label_column_name, TAG_COLUMNS, "label_column_name")
-    names = label_names(train.features[tags].feature, {tag for row in train[tags] for tag in row}, tags)
+    words = choose_column(train, arguments.text_column_name, WORD_COLUMNS, "text_column_name")
+    tags = choose_column(train, arguments.label_column_name, TAG_COLUMNS, "label_column_name")
+    check_words(train, words, tags)
+    names = label_names(train, tags)
     test = choose_test_split(splits, tags, seed)
     data = {
         name: encode(splits[name], tokenizer, words, tags, names, arguments.max_seq_length)

@@ -1,4 +1,7 @@
-"""`python -m reproduction --data FOLDER [STUDY ...]`: do the studies without a result, and write the page of all."""
+"""`python -m reproduction --data FOLDER [STUDY ...]`: do the studies without a result, and write the page of all.
+
+`python -m reproduction report` does none: it writes the page and the pictures of the results at hand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 import transformers
 
 from benchmarks.accuracy.__main__ import minilm
-from benchmarks.accuracy.runs import environment
+from benchmarks.accuracy.runs import environment, runs_in
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Setting
 from peft_mask.analysis import markdown
@@ -55,7 +58,9 @@ STUDIES: dict[str, ModuleType] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reproduction", description=__doc__)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; by default all")
+    parser.add_argument(
+        "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; by default all. Or `report` alone"
+    )
     parser.add_argument("--data", type=Path, help="folder with one folder a task, as for benchmarks.accuracy")
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -82,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, nargs="+", help="how many are masked; by default powers of two, and all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
+    if options.studies == ["report"]:
+        write_report(options.results)
+        return
     if unknown := set(options.studies) - STUDIES.keys():
         parser.error(f"there is no study {sorted(unknown)}; there are {list(STUDIES)}")
     chosen = options.studies or list(STUDIES)
@@ -115,27 +123,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = STUDIES[name].run(models, scale)
         seconds = round(time.perf_counter() - start)
         _write(file, {**result, "seconds": seconds, "environment": environment()})
+        runs_in(models.folder).tidy()
         STUDIES[name].draw(result, options.results / f"{name}.png")
         print(f"{name}: {seconds} s\n{markdown(result['rows'])}\n", flush=True)
     (options.results / "README.md").write_text(page(options.results), "utf-8")
 
 
+def write_report(results: Path) -> None:
+    """Write the page and the pictures of all results at hand."""
+    for name, result in results_in(results).items():
+        STUDIES[name].draw(result, results / f"{name}.png")
+    (results / "README.md").write_text(page(results), "utf-8")
+
+
+def results_in(results: Path) -> dict[str, dict[str, Any]]:
+    """The result of each study that has one, in the order of the page."""
+    files = {name: results / f"{name}.json" for name in STUDIES}
+    return {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()}
+
+
 def page(results: Path) -> str:
     """The tables and pictures of all results at hand."""
     parts = ["# Results of the studies", "Written by `python -m reproduction` from the JSON files beside this page."]
-    for name, study in STUDIES.items():
-        file = results / f"{name}.json"
-        if file.exists():
-            result = json.loads(file.read_text("utf-8"))
-            facts = {key: value for key, value in result.items() if _is_fact(key, value)}
-            told = "".join(f"\n- {key}: {value}" for key, value in facts.items())
-            parts += [
-                f"## {study.TITLE}",
-                study.NOTE,
-                markdown(result["rows"]),
-                told.strip(),
-                f"![{study.TITLE}]({name}.png)",
-            ]
+    for name, result in results_in(results).items():
+        study = STUDIES[name]
+        facts = {key: value for key, value in result.items() if _is_fact(key, value)}
+        told = "".join(f"\n- {key}: {value}" for key, value in facts.items())
+        parts += [
+            f"## {study.TITLE}",
+            study.NOTE,
+            markdown(result["rows"]),
+            told.strip(),
+            f"![{study.TITLE}]({name}.png)",
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.accuracy.methods import HEAD_NOTE, METHODS, mask_adamw
-from benchmarks.accuracy.runs import SEARCH_SEED, Progress, Run, best_on_dev, finished
+from benchmarks.accuracy.runs import SEARCH_SEED, Progress, Run, best_on_dev, train_run
 from benchmarks.accuracy.tasks import TASKS as BENCHMARKED
 from benchmarks.accuracy.tasks import Split, Task
 from benchmarks.accuracy.training import Method, Setting, restored, untrained
@@ -53,8 +53,8 @@ NAMES = {"full": "fine-tuned", "mask": "masked", "paper": "masked, paper's setti
 class Models:
     """Trained models by task, way of training and seed.
 
-    `folder` holds one JSON file a training and, while they are needed, its parameters. A model whose parameters are not
-    there is trained again.
+    `folder` holds a row a training, in `runs.jsonl`, and, while they are needed, its parameters. A model whose
+    parameters are not there is trained again.
     """
 
     setting: Setting
@@ -68,11 +68,6 @@ class Models:
             TASKS[task], method, chosen if lr is None else lr, seed, self.steps or TASKS[task].steps, self.folder
         )
 
-    def train(self, task: str, way: str, seed: int, lr: float | None = None) -> dict[str, Any]:
-        """The figures of a training, which is done if it has not been."""
-        run = self.run(task, way, seed, lr)
-        return finished(run, self.setting, self.progress)
-
     def chosen_rate(self, task: str, way: str) -> float:
         """The rate that development data choose among those of the method, one training each."""
         tries = [self.run(task, way, SEARCH_SEED, lr) for lr in sorted(WAYS[way][0].lrs)]
@@ -81,8 +76,7 @@ class Models:
     def trained(self, task: str, way: str, seed: int, lr: float | None = None) -> nn.Module:
         run = self.run(task, way, seed, lr)
         if not run.state.exists():
-            run.file.unlink(missing_ok=True)
-            self.train(task, way, seed, lr)
+            train_run(run, self.setting, self.progress)
         return restored(run.task, WAYS[way][0], seed, self.setting, run.state)
 
     def untrained(self, task: str, way: str, seed: int) -> nn.Module:

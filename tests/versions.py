@@ -20,6 +20,7 @@ def _runs_on_meta() -> bool:
 _TRANSFORMERS = Version(transformers.__version__)
 
 LOADS_BY_NAME = Version("5") <= _TRANSFORMERS  # those before load adapters through PEFT's hooks
+MARKS_WHAT_IT_READS = Version("5") <= _TRANSFORMERS  # so that a head that was not in the checkpoint is known
 LOADS_HEADS = not Version("5") <= _TRANSFORMERS < Version("5.18")  # LoRA's neither
 ASKS_BEFORE_PUSHING = hasattr(transformers.TrainerCallback, "on_push_begin")
 MANAGES_ADAPTERS = Version(MIN_PEFT_VERSION) <= Version(peft.__version__)  # `add_adapter`, `set_adapter` and so on ask

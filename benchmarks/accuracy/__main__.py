@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--data", type=Path, help="folder with one folder a task")
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, one JSON file a run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, `runs.jsonl` in it")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.runs import SEARCH_SEED
+from benchmarks.accuracy.runs import SEARCH_SEED, runs_in
 from benchmarks.accuracy.tasks import TASKS
 
 Result = dict[str, Any]
@@ -50,8 +50,8 @@ class Row:
 
 
 def read_results(results: Path) -> list[Result]:
-    """All results below the folder `results`."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*/*-*.json"))]
+    """All results in the folder `results`."""
+    return list(runs_in(results).read().values())
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
@@ -71,7 +71,7 @@ def _row(group: Sequence[Result]) -> Row:
     if len(rates) > 1:
         raise ValueError(
             f"{first['method']} on {first['task']} has test scores at the rates {rates}, but dev chooses one: delete "
-            "the results of the others."
+            "the rows of the others."
         )
 
     def mean(key: str) -> float | None:
@@ -206,8 +206,8 @@ def _page(found: Sequence[Result], rows: Sequence[Row], table: str) -> str:
     )
     parts = [
         "# Accuracy for its size",
-        "Written by `python -m benchmarks.accuracy report` from the JSON files beside this page; what is measured, and "
-        "how, stands in [the page above](../README.md).",
+        "Written by `python -m benchmarks.accuracy report` from the rows of [runs.jsonl](runs.jsonl), one a training; "
+        "what is measured, and how, stands in [the page above](../README.md).",
         "## Means over tasks",
         table,
         "![accuracy against bytes](accuracy.png)",

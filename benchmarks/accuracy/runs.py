@@ -1,8 +1,7 @@
-"""The search: which runs there are, each a JSON file, so that the whole can be stopped and taken up again."""
+"""The search: which runs there are, each a row of a file, so that the whole can be stopped and taken up again."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -19,6 +18,7 @@ from benchmarks.accuracy import probe, training
 from benchmarks.accuracy.probe import Probe
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import Method, Setting
+from benchmarks.runs_file import Key, RunsFile
 
 SEARCH_SEED = 0
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn")
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-lea
 
 @dataclass(frozen=True)
 class Run:
-    """One training: it is done when `file` exists, and scored when that holds a `test`."""
+    """One training: it is done when it has a row in the file of `results`, and scored when that holds a `test`."""
 
     task: Task
     method: Method | Probe
@@ -36,21 +36,25 @@ class Run:
     results: Path
 
     @property
-    def file(self) -> Path:
-        return self.results / self.task.name / f"{self.method.name}-{self.lr:g}-{self.seed}-{self.steps}.json"
+    def key(self) -> Key:
+        return self.task.name, self.method.name, self.lr, self.seed, self.steps
 
     @property
     def state(self) -> Path:
-        return self.file.with_suffix(".safetensors")
+        """Where the trained parameters are, while they are needed."""
+        name = f"{self.method.name}-{self.lr:g}-{self.seed}-{self.steps}.safetensors"
+        return self.results / self.task.name / name
 
     def read(self) -> dict[str, Any] | None:
-        return json.loads(self.file.read_text("utf-8")) if self.file.exists() else None
+        return runs_in(self.results).read().get(self.key)
 
     def write(self, result: dict[str, Any]) -> None:
-        # Renamed into place: a run that is killed leaves no half a file, which would count as done.
-        unfinished = self.file.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        unfinished.replace(self.file)
+        runs_in(self.results).add(result)
+
+
+def runs_in(results: Path) -> RunsFile:
+    """The file of the runs whose results are in this folder."""
+    return RunsFile(results, ("task", "method", "lr", "seed", "steps"))
 
 
 class Progress:
@@ -83,6 +87,7 @@ def run_all(
     progress.left = sum(unfinished_steps(task, method, seeds, results, steps or task.steps) for task, method in pairs)
     for task, method in pairs:
         search(task, method, seeds, setting, results, steps or task.steps, progress)
+    runs_in(results).tidy()
 
 
 def search(
@@ -108,8 +113,7 @@ def search(
         if "test" not in result:
             if not run.state.exists():
                 progress.line(f"{_title(run)}: its parameters are gone, it is trained again")
-                run.file.unlink()
-                result = finished(run, setting, progress)
+                result = train_run(run, setting, progress)
             score = probe.score_test if isinstance(method, Probe) else training.score_test
             result["test"] = score(task, method, seed, setting, run.state)  # type: ignore[arg-type]
             run.write(result)
@@ -130,16 +134,20 @@ def best_on_dev(tries: Sequence[Run], setting: Setting, progress: Progress) -> R
 
 
 def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
-    """The result of `run`, from its file or by training."""
-    settings = {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
-    if (done := run.read()) is not None:
-        if done["settings"] != settings:
-            raise ValueError(
-                f"'{run.file.name}' of {run.task.name} was made with the settings {done['settings']}, this run has "
-                f"{settings}. Delete it, or choose another folder with --results."
-            )
-        return done
-    run.file.parent.mkdir(parents=True, exist_ok=True)
+    """The result of `run`, from its row or by training."""
+    if (done := run.read()) is None:
+        return train_run(run, setting, progress)
+    if done["settings"] != (settings := _settings(run, setting)):
+        raise ValueError(
+            f"{runs_in(run.results).told(run.key)} was made with the settings {done['settings']}, this run has "
+            f"{settings}. Delete that row, or choose another folder with --results."
+        )
+    return done
+
+
+def train_run(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
+    """The result of `run` by training, which takes the place of one that it may have had."""
+    run.state.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     fit = probe.train if isinstance(run.method, Probe) else training.train
     figures = fit(run.task, run.method, run.lr, run.seed, run.steps, setting, run.state)  # type: ignore[arg-type]
@@ -151,7 +159,7 @@ def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
         "steps": run.steps,
         **figures,
         "seconds": round(time.perf_counter() - start, 2),
-        "settings": settings,
+        "settings": _settings(run, setting),
         "environment": environment(),
     }
     run.write(result)
@@ -159,6 +167,10 @@ def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
     progress.done, progress.left = progress.done + weight, progress.left - weight
     progress.line(f"{_title(run)}: dev {result['dev']:.4f}, {result['seconds']:.0f} s")
     return result
+
+
+def _settings(run: Run, setting: Setting) -> dict[str, Any]:
+    return {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
 
 
 def _seeds(method: Method | Probe, seeds: Sequence[int]) -> Sequence[int]:
@@ -173,9 +185,10 @@ def _weight(method: Method | Probe, steps: int) -> int:
 def unfinished_steps(task: Task, method: Method | Probe, seeds: Sequence[int], results: Path, steps: int) -> int:
     """Steps that `search` has yet to train, a probe's counted as few."""
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in method.lrs]
-    runs = sum(not run.file.exists() for run in tries)
+    done = runs_in(results).read()
+    runs = sum(run.key not in done for run in tries)
     for seed in set(_seeds(method, seeds)) - {SEARCH_SEED}:
-        runs += not any(Run(task, method, lr, seed, steps, results).file.exists() for lr in method.lrs)
+        runs += not any(Run(task, method, lr, seed, steps, results).key in done for lr in method.lrs)
     return runs * _weight(method, steps)
 
 

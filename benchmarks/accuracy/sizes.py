@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from peft_mask.format.packing import entropy_bits
-from peft_mask.format.record import read_record
+from peft_mask import Masks
 
 HEADS = ("classifier", "score")  # names of the task heads of transformers' classification models
 
@@ -27,26 +25,16 @@ def measure(folder: Path) -> dict[str, Any]:
     `bits_per_weight` is 8 times the bytes of the mask tensors divided by the masked weights.
     """
     (path,) = folder.glob("*.safetensors")
-    head = masks = weights = zeros = 0
-    entropy_bytes = 0.0
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_tensor(key)
-            if in_head(key):
-                head += tensor.nbytes
-            elif key.endswith(".peft_mask_bits"):
-                record = read_record(tensor)
-                size = math.prod(record.shape)
-                masks += tensor.nbytes
-                weights += size
-                zeros += record.zeros
-                entropy_bytes += entropy_bits(record.zeros, size) / 8
+        keys = list(file.keys())
+        head = sum(file.get_tensor(key).nbytes for key in keys if in_head(key))
     figures: dict[str, Any] = {"bytes": path.stat().st_size, "head_bytes": head}
-    if weights:
+    if any(key.endswith(".peft_mask_bits") for key in keys):
+        masks = Masks.load(folder)
         figures |= {
-            "sparsity": zeros / weights,
-            "masked_weights": weights,
-            "bits_per_weight": 8 * masks / weights,
-            "entropy_bytes": entropy_bytes,
+            "sparsity": masks.sparsity,
+            "masked_weights": masks.weights,
+            "bits_per_weight": masks.bits_per_weight,
+            "entropy_bytes": masks.entropy * masks.weights / 8,
         }
     return figures

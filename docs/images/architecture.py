@@ -1,77 +1,82 @@
-"""Draws architecture.png: `python docs/images/architecture.py`."""
+"""Draws architecture.svg from the imports of the package: `python docs/images/architecture.py`.
 
+A box a room, in the order of the import contract in pyproject.toml, with the docstring of the room; an arrow for each
+room that another one imports from. `tests/project/test_architecture.py` fails when the picture is older than the code.
+"""
+
+import ast
+import textwrap
+from html import escape
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+import tomllib
 
-NOUNS = {  # name -> position, what it is
-    "scores": ((0, 2), "real, trained"),
-    "mask": ((3.2, 2), "0 / 1"),
-    "masked weight": ((7.2, 2), "W ⊙ M"),
-    "bits": ((3.2, 0), "packed, 1/8 byte a weight"),
-    "file": ((7.2, 0), "records, coded"),
-    "start": ((-3.2, 2), "MaskConfig"),
-}
-ARROWS = [  # from, to, file, bend
-    ("start", "scores", "init.py", 0),
-    ("scores", "mask", "binarize.py", 0),
-    ("mask", "masked weight", "functional.py", 0.0),
-    ("masked weight", "scores", "functional.py: straight-through gradient", 0.28),
-    ("mask", "bits", "packing.py", 0.25),
-    ("bits", "mask", "packing.py", 0.25),
-    ("bits", "file", "record.py, coding.py", -0.22),
-    ("file", "bits", "record.py, coding.py", -0.22),
-]
-INK, PALE, ACCENT = "#1d2733", "#eef2f6", "#b3541e"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "peft_mask"
+BOX, HEIGHT, GAP, REACH = (
+    560,
+    72,
+    26,
+    26,
+)  # width and height of a box, between boxes, and of an arc for each room it spans
+INK, PALE, ACCENT, FAINT = "#1d2733", "#eef2f6", "#b3541e", "#d9b9a6"
 
 
-def main() -> None:
-    figure, axes = plt.subplots(figsize=(11, 4.9))
-    for name, ((x, y), note) in NOUNS.items():
-        box = FancyBboxPatch((x - 0.85, y - 0.33), 1.7, 0.66, boxstyle="round,pad=0.05", fc=PALE, ec=INK, lw=1.2)
-        axes.add_patch(box)
-        axes.text(x, y + 0.1, name, ha="center", va="center", fontsize=12, weight="bold", color=INK)
-        axes.text(x, y - 0.17, note, ha="center", va="center", fontsize=8.5, color=INK)
-    for start, end, file, bend in ARROWS:
-        draw_arrow(axes, start, end, file, bend)
-    notes = {
-        1.25: "training touches scores only:\nlayer.py, model.py, training.py",
-        0.1: "after it there are only masks and bits:\nlayer.py (merge, unmerge), state.py (save, load),\n"
-        "masks.py (an adapter as a value)",
-    }
-    for y, text in notes.items():
-        axes.text(-4.05, y, text, ha="left", va="center", fontsize=9.5, style="italic", color=INK)
-    axes.set(xlim=(-4.3, 8.3), ylim=(-0.6, 3.75))
-    axes.axis("off")
-    figure.tight_layout(pad=0.2)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+def rooms() -> list[str]:
+    """The rooms from the top, as the contract lists them."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    return next(contract["layers"] for contract in contracts if contract.get("containers") == ["peft_mask"])
 
 
-def draw_arrow(axes: plt.Axes, start: str, end: str, file: str, bend: float) -> None:
-    (x0, y0), (x1, y1) = NOUNS[start][0], NOUNS[end][0]
-    horizontal = y0 == y1
-    reach = 0.92 if horizontal else 0.42
-    if horizontal:
-        far = abs(x1 - x0) > 4
-        tail = (x0, y0 + 0.4) if far else (x0 + reach * (1 if x1 > x0 else -1), y0)
-        head = (x1, y1 + 0.4) if far else (x1 - reach * (1 if x1 > x0 else -1), y1)
-    else:
-        tail, head = (x0, y0 + reach * (1 if y1 > y0 else -1)), (x1, y1 - reach * (1 if y1 > y0 else -1))
-    style = {"arrowstyle": "-|>", "color": ACCENT, "lw": 1.6, "connectionstyle": f"arc3,rad={bend}"}
-    axes.annotate("", head, tail, arrowprops=style)
-    middle = ((tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2)
-    if not horizontal:
-        side = 1 if y1 < y0 else -1
-        axes.text(middle[0] - side * 0.35, middle[1], file, ha="right" if side > 0 else "left", va="center",
-                  fontsize=9, family="monospace", color=ACCENT)  # fmt: skip
-        return
-    length = head[0] - tail[0]
-    lift = -bend * length / 2
-    above = lift >= -1e-9
-    axes.text(middle[0], middle[1] + lift + (0.1 if above else -0.1), file, ha="center",
-              va="bottom" if above else "top", fontsize=9, family="monospace", color=ACCENT)  # fmt: skip
+def imports() -> set[tuple[str, str]]:
+    """Which room imports from which other."""
+    found = set()
+    for path in sorted(PACKAGE.glob("*/*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_mask."):
+                found.add((path.parent.name, node.module.split(".")[1]))
+    return {(room, other) for room, other in found if room != other}
+
+
+def drawn() -> str:
+    """The picture, as SVG."""
+    order = rooms()
+    tops = {room: 12 + place * (HEIGHT + GAP) for place, room in enumerate(order)}
+    width, height = BOX + 40 + REACH * (len(order) - 3), tops[order[-1]] + HEIGHT + 12
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<path d="M0 0L8 4L0 8z" fill="{ACCENT}"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<g font-family="sans-serif" fill="{INK}">',
+    ]
+    far_first = sorted(imports(), key=lambda pair: (order.index(pair[0]) - order.index(pair[1]), pair))
+    for above, below in far_first:
+        parts.append(arrow(tops, order.index(below) - order.index(above), above, below))
+    for room, top in tops.items():
+        parts += box(room, top)
+    return "\n".join([*parts, "</g></svg>"]) + "\n"
+
+
+def box(room: str, top: int) -> list[str]:
+    says = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8"))) or ""
+    lines = textwrap.wrap(says.partition("\n\n")[0].replace("`", ""), 76)[:2]
+    return [
+        f'<rect x="12" y="{top}" width="{BOX}" height="{HEIGHT}" rx="8" fill="{PALE}" stroke="{INK}"/>',
+        f'<text x="28" y="{top + 25}" font-size="16" font-weight="bold">{room}/</text>',
+        *(f'<text x="28" y="{top + 44 + 17 * i}" font-size="13">{escape(line)}</text>' for i, line in enumerate(lines)),
+    ]
+
+
+def arrow(tops: dict[str, int], span: int, above: str, below: str) -> str:
+    stroke = f'fill="none" stroke="{ACCENT if span == 1 else FAINT}" stroke-width="1.5" marker-end="url(#tip)"'
+    if span == 1:
+        x, start = 12 + BOX // 2, tops[above] + HEIGHT
+        return f'<path d="M{x} {start}V{tops[below] - 2}" {stroke}/>'
+    right, reach = 12 + BOX, 14 + REACH * (span - 1)
+    start, end = tops[above] + HEIGHT // 2 + 4 * span, tops[below] + HEIGHT // 2 - 4 * span
+    return f'<path d="M{right} {start}C{right + reach} {start} {right + reach} {end} {right + 2} {end}" {stroke}/>'
 
 
 if __name__ == "__main__":
-    main()
+    Path(__file__).with_suffix(".svg").write_text(drawn(), "utf-8")

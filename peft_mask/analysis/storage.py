@@ -96,7 +96,9 @@ def storage(model: nn.Module, config: MaskConfig, sparsity: float | None = None)
     shapes = checked_shapes(model, resolved)
     backbone = model.base_model if isinstance(model, PreTrainedModel) else model
     heads = [
-        m for name, m in model.named_modules() if name and name.rpartition(".")[2] in (resolved.modules_to_save or [])
+        m
+        for name, m in model.named_modules()
+        if any(f".{name}".endswith(f".{saved}") for saved in resolved.modules_to_save or [])
     ]
     return Storage(
         base=sum(p.nbytes for p in backbone.parameters()),

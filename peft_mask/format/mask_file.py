@@ -83,6 +83,8 @@ def read_masks(
     if config.get("modules_to_save"):
         # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
         config |= {"modules_to_save": None, "task_type": None}
+    if config.get("trainable_token_indices"):
+        config |= {"trainable_token_indices": None}
     return masks, config
 
 
@@ -96,7 +98,8 @@ def write_masks(
     records = {name: mask.record if base is None else _coded_against(name, mask, base) for name, mask in masks.items()}
     portable = {} if config.get("portable", True) == (base is None) else {"portable": base is None}
     sizes = [len(records[name]) for name in sorted(records)]  # transformers' own door asks for them
-    text = json.dumps({**config, **portable, "record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
+    said = {name: value for name, value in config.items() if name != "checksums"}  # of what is not in this file
+    text = json.dumps({**said, **portable, "record_bytes": sizes}, indent=2, sort_keys=True) + "\n"
     tensors = {f"{_PREFIX}{name}{_SUFFIX}": record for name, record in records.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,12 @@ class LayerWithBias(MaskLayer):
             return bias
         return mask.masked_weight(adapter_names)
 
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The bias that the layer computes with (see `weight_in_force`)."""
+        mask = self._bias_mask()
+        return self._bias(()) if mask is None else mask.weight_in_force()
+
     def unmerge(self) -> None:
         super().unmerge()
         if (mask := self._bias_mask()) is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from peft_mask.format.packing import index_dtype, zero_positions
+from peft_mask.layers.casting import Integers
 
 
-class BitsDict(BufferDict):
+class BitsDict(Integers):
     """Packed masks by adapter name, and room for records that are to be loaded by name.
 
     PEFT loads an adapter through hooks of the tuner. transformers loads it by name: it looks up the buffer that is
@@ -26,15 +26,16 @@ class BitsDict(BufferDict):
     """
 
     def __init__(self) -> None:
-        super().__init__(persistent=True)
+        super().__init__()
         self._awaited: dict[str, str] = {}  # adapter name -> name of the module
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the bits of those that are awaited
         self._receivers: dict[str, Callable[[Tensor], None]] = {}
         self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
 
-    def wait_for(self, adapter_name: str, module_name: str) -> None:
-        """Add an adapter that has no mask before `fill`; the module's name is for messages."""
+    def wait_for(self, adapter_name: str, module_name: str, shape: Sequence[int]) -> None:
+        """Add an adapter that has no mask, of bits of this shape, before `fill`; the module's name is for messages."""
         self[adapter_name] = torch.empty(0, dtype=torch.uint8)
-        self._awaited[adapter_name] = module_name
+        self._awaited[adapter_name], self._shapes[adapter_name] = module_name, tuple(shape)
 
     def make_room(self, adapter_name: str, size: int, receive: Callable[[Tensor], None]) -> None:
         """Let an adapter be loaded by name.
@@ -76,15 +77,35 @@ class BitsDict(BufferDict):
         if adapter_name in self._receivers:
             del self[adapter_name]
 
+    def is_open(self, adapter_name: str) -> bool:
+        """Return whether there is a mask to come for an adapter, or room for its record."""
+        return adapter_name in self._awaited or adapter_name in self._receivers
+
     def check_filled(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the mask of an adapter was never loaded."""
-        if adapter_name in self._awaited:
-            raise ValueError(
-                f"the adapter '{adapter_name}' has no mask for '{self._awaited[adapter_name]}': nothing was loaded for "
-                "it, or loading failed. Delete the adapter and load it again, from a file that is whole."
-            )
+        if reason := self.reason_not_filled([adapter_name]):
+            raise ValueError(reason)
+
+    def reason_not_filled(self, adapter_names: Iterable[str]) -> str | None:
+        """Return what to say of the first of these adapters whose mask was never loaded, or None."""
+        name = next((name for name in adapter_names if name in self._awaited), None)
+        if name is None:
+            return None
+        return (
+            f"the adapter '{name}' has no mask for '{self._awaited[name]}': nothing was loaded for it, or loading "
+            "failed. Delete the adapter and load it again, from a file that is whole."
+        )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # bits that a whole state dict brings need no record: they are the mask of a model like this one
+        for name in list(self._awaited):
+            bits = state_dict.get(prefix + name)
+            if bits is not None and bits.dtype == torch.uint8 and tuple(bits.shape) == self._shapes[name]:
+                self.fill(name, torch.empty_like(bits, device=self[name].device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _forget(self, adapter_name: str) -> None:
+        self._shapes.pop(adapter_name, None)
         self._awaited.pop(adapter_name, None)
         self._receivers.pop(adapter_name, None)
 
@@ -114,3 +135,12 @@ class BitsDict(BufferDict):
             super().__setattr__(name, value)
         else:
             receive(value)
+
+
+def check_not_traced() -> None:
+    """Raise a `RuntimeError` under `torch.jit.trace`, which cannot record bits that are read as another dtype."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record how a mask is made: merge it first, with merge_and_unload() or "
+            "merge_adapter(). torch.export and torch.compile take the model as it is."
+        )

@@ -21,7 +21,7 @@ class Conv(LayerWithBias):
     def in_features(self) -> int:
         return cast(nn.Conv2d, self.get_base_layer()).in_channels
 
-    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = cast(nn.Conv2d, self.get_base_layer())
         return base._conv_forward(x, self.masked_weight(adapter_names), self._bias(adapter_names))
 

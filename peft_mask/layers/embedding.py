@@ -33,7 +33,7 @@ class Embedding(MaskLayer):
     def out_features(self) -> int:
         return self.mask_shape[1]
 
-    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = cast(nn.Embedding, self.get_base_layer())
         rows, index = x.unique(return_inverse=True)
         table = self.masked_rows(adapter_names, rows)

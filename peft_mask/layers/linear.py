@@ -41,7 +41,7 @@ class Linear(LayerWithBias):
     def out_features(self) -> int:
         return self.mask_shape[1 if self._transposed else 0]
 
-    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._linear(x, *self._under_bits(adapter_names), self._bias(adapter_names))
 
     def _linear(
@@ -74,7 +74,7 @@ class QuantizedLinear(Linear):
     def stored(self) -> StoredWeight:
         return quantized_weight(self.get_base_layer(), self.quantization_backend)
 
-    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
 
         bias = None if (bias := self._bias(adapter_names)) is None else bias.to(dtype)
@@ -82,6 +82,11 @@ class QuantizedLinear(Linear):
         weight = weight.to(dtype)
         with _made_again(weight, lambda: self._under_bits(adapter_names)[0].to(dtype)):
             return self._linear(x.to(dtype), weight, trained, bias).to(x.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's codes: whoever reads them knows how they are quantized, and could do nothing with a mask."""
+        return cast(torch.Tensor, self.get_base_layer().weight)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -1,30 +1,35 @@
-"""`MaskLayer`: scores or bits of adapters around a base layer, merging and exact unmerging."""
+"""`MaskLayer`: scores or bits of adapters around a base layer, and computing with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
-from peft_mask.format.packing import unpack_bits, zero_positions
-from peft_mask.layers.bits import BitsDict
-from peft_mask.layers.rows import BASE, forward_rows
+from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
+from peft_mask.layers.bits import BitsDict, check_not_traced
+from peft_mask.layers.casting import Integers, Scores
+from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
+from peft_mask.layers.hooks import call_with_hooks
+from peft_mask.layers.merging import MergingLayer
+from peft_mask.layers.reading import NoWeight
+from peft_mask.layers.resting import Rest, Resting
+from peft_mask.layers.rows import BASE, adapters_of_batch, forward_rows
 from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
 from peft_mask.scores.functional import apply_mask, masked_weight
 from peft_mask.scores.init import initial_scores
 from peft_mask.scores.rules import Rule, rule_for
 from peft_mask.settings.config import MaskConfig
-from peft_mask.tensors.sharded import is_taken_away, whole
-from peft_mask.tensors.stored import Displaced, StoredWeight
+from peft_mask.tensors.sharded import is_taken_away, is_whole, whole
 
 
-class MaskLayer(nn.Module, BaseTunerLayer):
+class MaskLayer(MergingLayer):
     """What every masked layer shares: scores or bits of each adapter, merging and exact unmerging.
 
     An adapter that is trained owns `peft_mask_scores[adapter]`: a parameter of the weight's shape, of a shape that
@@ -35,21 +40,22 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("peft_mask_scores",)
     other_param_names = ("peft_mask_bits", "peft_mask_positions")
+    cast_input_dtype_enabled = True  # PEFT's switch for diffusers' layerwise casting; no input is cast here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training  # of a base in evaluation no mask is drawn
-        self.peft_mask_scores = nn.ParameterDict()
+        self.peft_mask_scores = Scores()
         self.peft_mask_bits = BitsDict()
-        self.peft_mask_positions = BufferDict(persistent=True)
+        self.peft_mask_positions = Integers()
         self._rules: dict[str, Rule] = {}  # of adapters with scores
+        self._versions: dict[str, int] = {}  # of scores when they were made, as autograd counts changes
+        self._resting = Resting()
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
-        self._stashes: list[Displaced] = []  # one a merge
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
+        self._checks: dict[str, Callable[[], None]] = {}  # of adapters that are loaded by name, until they are
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -61,7 +67,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             weight = self.unmerged_weight()
             self._fingerprint = self._fingerprint_of(weight)
             if config.inference_mode:
-                self.peft_mask_bits.wait_for(adapter_name, name)
+                self.peft_mask_bits.wait_for(adapter_name, name, bits_shape(self.mask_shape))
             else:
                 positions = choose_candidates(weight, config, name)
                 if positions is not None:
@@ -71,6 +77,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
                 self.set_sparsity(adapter_name, config.target_sparsity)
             self._move_adapter_to_device_of_base_layer(adapter_name)
+            if adapter_name in self.peft_mask_scores:
+                self._versions[adapter_name] = _version(self.peft_mask_scores[adapter_name])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _get_available_adapters(self) -> set[str]:
@@ -82,9 +90,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         return self._get_available_adapters()
 
     @property
-    def stored(self) -> StoredWeight:
-        """The base weight as it is stored."""
-        return StoredWeight(self.get_base_layer())
+    def hooked_parts(self) -> tuple[nn.Module, ...]:
+        """What holds the tensors that it computes with, and may be hooked to bring them."""
+        return self.get_base_layer(), self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
 
     @property
     def in_features(self) -> int:
@@ -118,6 +126,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
         device = self.peft_mask_scores[adapter_name].device
         self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape, device)
+        self._resting.let_go(adapter_name)
+
+    def rest(self, adapter_name: str, zeros: int | None, warning: str | None = None) -> None:
+        """Hold the mask of an adapter with scores to so many zeros, and keep a warning, until it is trained."""
+        self._resting.begin(adapter_name, Rest(zeros, warning))
+
+    def zeros_at_rest(self, adapter_name: str) -> int | None:
+        """Return how many weights the mask of an adapter is held to until it is trained, or None."""
+        return self._resting.zeros(adapter_name)
+
+    def scores_changed(self, adapter_name: str) -> bool:
+        """Return whether the scores of an adapter were trained, set or loaded since they were made."""
+        return _version(self.peft_mask_scores[adapter_name]) != self._versions.get(adapter_name)
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
@@ -185,7 +206,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its scores "
                 f"contain {int(scores.isnan().sum())} NaN. Did training diverge? Lower the learning rate."
             )
-        return self.rule(adapter_name).packed_mask(scores, self.mask_shape, self.positions(adapter_name))
+        most = self.zeros_at_rest(adapter_name)
+        return self.rule(adapter_name).packed_mask(scores, self.mask_shape, self.positions(adapter_name), most)
 
     def _zero_positions(self, adapter_name: str) -> torch.Tensor:
         """Return where the adapter's mask is off: row-major positions, int32 wherever these reach."""
@@ -198,65 +220,27 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
         self._rules.pop(adapter_name, None)
+        self._resting.begin(adapter_name, Rest())
+        self._versions.pop(adapter_name, None)
+        self._checks.pop(adapter_name, None)
 
-    # ---- merging ----
+    def check_when_filled(self, adapter_name: str, check: Callable[[], None] | None) -> None:
+        """Let an adapter whose mask comes by name be checked once it is there; None: not any more."""
+        self._checks.pop(adapter_name, None)
+        if check is not None:
+            self._checks[adapter_name] = check
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write zeros into the base weight where the mask is off, and keep the displaced values.
-
-        Args:
-            safe_merge: check the merged weight for NaN and infinities before anything is written.
-            adapter_names: adapters to merge, by default the active ones.
-
-        Raises:
-            ValueError: if the scores or, with `safe_merge`, the merged weight are not finite.
-        """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self._get_available_adapters():
-                continue
-            stored = self.stored
-            positions = self._zero_positions(adapter_name).to(stored.device, torch.int64)
-            if safe_merge and not apply_mask(stored.values(), self.mask(adapter_name)).isfinite().all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
-                    "model is: a weight that is kept is not finite."
-                )
-            # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
-            self._stashes.append((positions, stored.take(positions)))
-            stored.switch_off(positions)
-            self.merged_adapters.append(adapter_name)
-            self._is_merged = True
-
-    def unmerge(self) -> None:
-        """Put the displaced values back: the base weight is bit for bit what it was before merging."""
-        self.unmerge_to(0)
-
-    def unmerge_to(self, depth: int) -> None:
-        """Undo the latest merges until `depth` are left (see `merge_depth`)."""
-        while len(self._stashes) > depth:
-            self.stored.put(*self._stashes[-1])
-            self._stashes.pop()
-        del self.merged_adapters[depth:]
-        self._is_merged = depth > 0
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged."""
-        return self._is_merged
-
-    @property
-    def merge_depth(self) -> int:
-        """Number of merges that `unmerge` would undo."""
-        return len(self._stashes)
-
-    def unmerged_weight(self) -> torch.Tensor:
-        """Return the base weight as it is without merged adapters; a copy only if there are any."""
-        return self.stored.values_with(self._stashes[::-1])
+    def train(self, mode: bool = True) -> MaskLayer:
+        # transformers' load_adapter ends with `eval()`, the only word that it says when everything has come
+        for adapter_name in [name for name in self._checks if not self.peft_mask_bits.is_open(name)]:
+            self._checks.pop(adapter_name)()
+        return super().train(mode)
 
     # ---- forward ----
 
     def _under_bits(self, adapter_names: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
         """Return the weight under those adapters that hold bits, and the names of those that are trained."""
+        check_not_traced()
         weight = self.stored.values()
         if weight.is_meta:
             raise RuntimeError(
@@ -273,11 +257,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
+        check_not_traced()
         scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        rule = self.rule(adapter_name)
+        scores = self._resting.until_trained(adapter_name, scores)
+        rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
         mask = None
         if positions is not None or not rule.plain:  # else these functions have a fast path
-            mask = (rule.mask_in_training if self.training else rule.mask)(scores.detach())
+            drawn = self.training and most is None
+            mask = rule.mask_in_training(scores.detach()) if drawn else rule.mask(scores.detach(), most)
         return rule.estimator(scores), mask, positions
 
     def masked_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
@@ -287,8 +274,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             weight = masked_weight(weight, *self._scores_in_force(adapter_name))
         return weight
 
-    def _forward_under(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the base layer would with its weight under these adapters."""
+    def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer as it would be with its weight under these adapters, its hooks included."""
+        with with_hooks_of_diffusers(self.hooked_parts):
+            return call_with_hooks(self.base_layer, partial(self._compute, adapter_names), *args, **kwargs)
+
+    def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the base layer's `forward` would with its weight under these adapters."""
         raise NotImplementedError
 
     def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
@@ -304,17 +296,50 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         return forward_rows(x, [name if name in available else BASE for name in adapter_names], forward)
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def _applies_masks(self) -> bool:
+        """Return whether masks of active adapters are to be applied, and not merged already; unmerge if disabled."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-        elif adapter_names is not None:
-            with onloaded(self):
-                return self._mixed_forward(adapter_names, *args, **kwargs)
-        elif not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters):
-            with onloaded(self):
-                return self._forward_under(self.active_adapters, *args, **kwargs)
+            return False
+        return not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        applies = self._applies_masks()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_forward(adapter_names, *args, **kwargs)
+        if applies:
+            return self._forward_under(self.active_adapters, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def weight_in_force(self) -> torch.Tensor:
+        """Return the weight that the layer computes with; gradients reach the scores.
+
+        Some models read a layer's weight instead of calling it, and find this one, as `weight`. Others only ask for its
+        dtype: so where there is no such weight, in a batch of several adapters or before a mask is loaded, what is
+        returned has shape, dtype and device, and raises a `ValueError` if it is computed with.
+        """
+        parameter = self.stored.parameter
+        names = set(self.active_adapters) if self._applies_masks() else set()
+        # who runs a mixed batch has hooked the layer
+        if self._forward_pre_hooks and not self.disable_adapters and not self.merged:
+            names = set(adapters_of_batch() or names)
+        if names.isdisjoint(self._get_available_adapters()) or not is_whole(parameter):
+            return parameter
+        if adapters_of_batch() and len(names) > 1:
+            return NoWeight(
+                parameter,
+                f"cannot mix adapters in one batch: the model reads the weight of a {self._get_name()} instead of "
+                f"calling it, and there is one for each of {sorted(names)}. Run one batch for each.",
+            )
+        if reason := self.peft_mask_bits.reason_not_filled(names):
+            return NoWeight(parameter, reason)
+        return self.masked_weight(sorted(names))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the layer computes with (see `weight_in_force`)."""
+        return self.weight_in_force()
 
     def _get_name(self) -> str:
         return "peft_mask." + super()._get_name()
@@ -322,4 +347,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
+    if hooked := hooked_by_diffusers(layer.hooked_parts):
+        return with_hooks_of_diffusers(hooked)
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()
+
+
+def _version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -9,8 +11,10 @@ from peft_mask.format.mask_file import BIAS
 from peft_mask.layers.bias import LayerWithBias, stored_bias
 from peft_mask.layers.convolution import Conv
 from peft_mask.layers.embedding import Embedding
+from peft_mask.layers.hooks import is_replaced
 from peft_mask.layers.linear import Linear, QuantizedLinear
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.layers.own_forward import computes_as_linear
 from peft_mask.layers.stand_in import MultiheadAttention, out_proj_name
 from peft_mask.tensors.quantized import quantization_backend, quantized_reason, quantized_weight
 from peft_mask.tensors.stored import StoredWeight
@@ -37,8 +41,8 @@ def mask_layer_type(module: nn.Module) -> type[Linear | Conv | Embedding | Multi
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(
-            "nn.MultiheadAttention reads the weight of its out_proj directly and would ignore the mask; target the "
-            "attention itself, which masks its projections"
+            "nn.MultiheadAttention reads the weight of its out_proj directly; target the attention itself, which masks "
+            "its projections"
         )
     if (backend := quantization_backend(module)) is not None:
         if reason := quantized_reason(module, backend):
@@ -47,11 +51,18 @@ def mask_layer_type(module: nn.Module) -> type[Linear | Conv | Embedding | Multi
     base = next((base for base in _MASKED_BY if isinstance(module, base)), None)
     if base is None:
         raise ValueError(f"supported are {', '.join(base.__name__ for base in _MASKED_BY)}")
-    if type(module).forward is not base.forward and not (base is nn.Embedding and hasattr(module, "embed_scale")):
-        raise ValueError(f"{type(module).__name__} computes its output in its own way (a quantized layer?)")
+    if type(module).forward is not base.forward and not (
+        (base is nn.Embedding and hasattr(module, "embed_scale"))
+        or (base is nn.Linear and computes_as_linear(cast(nn.Linear, module)))
+    ):
+        raise ValueError(f"{type(module).__name__} computes its output in its own way")
+    if is_replaced(module):
+        raise ValueError("its forward was replaced by another function, which a mask would put aside")
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         raise ValueError("its query, key and value have weights of their own, as their widths differ")
     for stored in stored_weights(module, "").values():
+        if stored.reason_not_kept:
+            raise ValueError(stored.reason_not_kept)
         if not stored.parameter.is_floating_point():
             raise ValueError(f"its weight has dtype {stored.parameter.dtype}, which is not floating point")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:

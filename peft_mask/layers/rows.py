@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
 BASE = "__base__"  # PEFT's word for no adapter
+
+_owners: ContextVar[frozenset[str] | None] = ContextVar("owners", default=None)
+
+
+@contextmanager
+def batch_of(owners: Sequence[str]) -> Iterator[None]:
+    """Say, to this thread alone, whose the rows are of the batch that it runs."""
+    token = _owners.set(frozenset(owners))
+    try:
+        yield
+    finally:
+        _owners.reset(token)
+
+
+def adapters_of_batch() -> frozenset[str] | None:
+    """Return whose the rows are of the batch that this thread runs; None if all are the active adapters'."""
+    return _owners.get()
 
 
 def forward_rows(

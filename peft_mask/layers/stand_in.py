@@ -19,7 +19,7 @@ _RUNNING = threading.RLock()  # of all such modules, since a module with a lock 
 
 
 class _StandIn(MaskLayer):
-    """A masked module that others read attributes of; those it does not have are its base layer's.
+    """A masked module that others read attributes of: those it does not have are its base layer's, the weight masked.
 
     Threads run such modules one after the other: a weight that one has exchanged must not be met by another.
     """
@@ -30,7 +30,11 @@ class _StandIn(MaskLayer):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            return self.weight_in_force() if name == self.stored.name else getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> Any:
+        return self.__getattr__("weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if torch.compiler.is_compiling() else _RUNNING:
@@ -50,7 +54,7 @@ class MultiheadAttention(_StandIn):
     """A masked `nn.MultiheadAttention` whose query, key and value have one width.
 
     Its input projection is masked here, with the shape (3 width, width), and its output projection by a layer of its
-    own in the place of `out_proj`. Both weights are exchanged while the base layer runs, since it reads them directly.
+    own in the place of `out_proj`, of which the base layer reads the weight. The former is exchanged while it runs.
     """
 
     # keeps nn.TransformerEncoderLayer from computing attention itself, with the base weights
@@ -72,11 +76,7 @@ class MultiheadAttention(_StandIn):
         return StoredWeight(self.get_base_layer(), "in_proj_weight")
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        projection = self._masked_out_proj()
-        with (
-            self.stored.replaced_by(self.masked_weight(adapter_names)),
-            projection.stored.replaced_by(projection.masked_weight(adapter_names)),
-        ):
+        with self.stored.replaced_by(self.masked_weight(adapter_names)):
             return self.base_layer(*args, **kwargs)
 
     def unmerge(self) -> None:

@@ -7,8 +7,10 @@ from typing import Any, cast
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import infer_device, load_peft_weights
 
+from peft_mask.format.checksums import check
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.beside import check_own_shapes
+from peft_mask.model.state import BITS, named
 from peft_mask.settings.config import MaskConfig
 
 
@@ -53,7 +55,9 @@ def hotswap_adapter(
             "load it under another name with load_adapter."
         )
     state = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
-    check_own_shapes(model, adapter_name, state)  # torch would find out after it had set the others
+    own = check_own_shapes(model, adapter_name, state)
+    if new.checksums is not None:  # `model` has the configuration of the adapter that is replaced
+        check(new.checksums, named(state, BITS), own)
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     new.inference_mode = True
     model.peft_config[adapter_name] = cast(Any, new)

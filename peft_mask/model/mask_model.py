@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from peft_mask.format.combine import CombinationType, check_votes, combined_mask
 from peft_mask.format.packing import pack_bits
 from peft_mask.layers.bias import Bias
 from peft_mask.layers.head import draw_head
-from peft_mask.layers.mask_layer import MaskLayer, onloaded
+from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
-from peft_mask.model.mixed import rows_of
+from peft_mask.model.checksums import checksums_of
+from peft_mask.model.merging import MergedAdapters, mask_layers
+from peft_mask.model.mixed import copies_in_generation, rows_of
+from peft_mask.model.names import compiled_in_place, named_as_in, plain_name
 from peft_mask.model.native import make_room, record_sizes
+from peft_mask.model.reference import copy_beside, fill_reference, is_reference, masks_to_refer_to, reference_config
 from peft_mask.model.replicas import spare_replicas
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
 from peft_mask.model.state import records_of_adapter, state_from_records
@@ -28,7 +31,7 @@ from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
 
 
-class MaskModel(ScoredAdapters):
+class MaskModel(MergedAdapters, ScoredAdapters):
     """A model whose weights are kept or switched off by learned masks.
 
     Made by `peft.get_peft_model(model, MaskConfig(...))`. The base weights are never changed, except that
@@ -47,10 +50,25 @@ class MaskModel(ScoredAdapters):
     tuner_layer_cls = MaskLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's declaration; see `default_target_modules`
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(compiled_in_place(model), *args, **kwargs)
+
     # ---- injection ----
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MaskConfig, key: str) -> Any:
+        return ScoredAdapters._check_target_module_exists(peft_config, plain_name(key))
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         resolve_targets(self.model, peft_config)
+        for name, other in self.peft_config.items():
+            ours, theirs = set(peft_config.target_parameters or []), set(other.target_parameters or [])
+            if other is not peft_config and ours and theirs and ours != theirs:
+                # where a wrapper stands among those of its module is part of the names in the file
+                raise ValueError(
+                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
+                    f"new one {sorted(ours)}."
+                )
         shapes = checked_shapes(self.model, peft_config)
         if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
             among = known_to_readers(peft_config)
@@ -71,13 +89,6 @@ class MaskModel(ScoredAdapters):
                 raise ValueError(
                     f"adapters of one model share a masked head, or train one each: '{name}' has head={heads[1][0]!r} "
                     f"and head_seed={heads[1][1]}, the new one {heads[0][0]!r} and {heads[0][1]}."
-                )
-            ours, theirs = set(config.target_parameters or []), set(other.target_parameters or [])
-            if other is not config and ours and theirs and ours != theirs:
-                # where a wrapper stands among those of its module is part of the names in the file
-                raise ValueError(
-                    f"adapters of one model must name the same target_parameters: '{name}' has {sorted(theirs)}, the "
-                    f"new one {sorted(ours)}."
                 )
 
     def _add_modules_to_save_to_tie(self, peft_config: MaskConfig, tied_weight_keys: list[str]) -> None:
@@ -105,6 +116,7 @@ class MaskModel(ScoredAdapters):
         parameter_name: str | None = None,
     ) -> None:
         layer: MaskLayer
+        current_key = plain_name(current_key)
         if parameter_name is not None:
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.update_layer(adapter_name, peft_config, current_key)
@@ -120,9 +132,16 @@ class MaskModel(ScoredAdapters):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        make_room(model, adapter_name, self.peft_config[adapter_name])
+        compiled_in_place(model)  # what was compiled since the last adapter
         spare_replicas(model)
+        if not is_reference(adapter_name, self.peft_config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            make_room(model, adapter_name, self.peft_config[adapter_name])
+            return
+        masks = masks_to_refer_to(model)
+        self.peft_config[adapter_name] = reference_config(self.peft_config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fill_reference(model, masks)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT also copies `child.weight` over on unloading, which a task head of several layers does not have. Masked
@@ -175,100 +194,22 @@ class MaskModel(ScoredAdapters):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter named '{adapter_name}' already: delete it, or take another name.")
         layers = {
-            name: layer
+            plain_name(name): layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, MaskLayer) and not layer.available_adapters.isdisjoint(adapters)
         }
         self.peft_config[adapter_name] = _combined_config([self.peft_config[name] for name in adapters], layers)
         self.inject_adapter(self.model, adapter_name)
-        for layer in _mask_layers(self.model):
+        for layer in mask_layers(self.model):
             if adapter_name not in layer.available_adapters:
                 continue
             kept = torch.ones(layer.mask_shape, dtype=torch.bool, device=layer.stored.device)
             masks = [layer.mask(name) if name in layer.available_adapters else kept for name in adapters]
             bits = pack_bits(combined_mask(masks, weights, combination_type))
             layer.peft_mask_bits.fill(adapter_name, bits)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
-                first = module.modules_to_save[adapters[0]]
-                module.modules_to_save[adapter_name].load_state_dict(first.state_dict())
+        copy_beside(self.model, adapters[0], adapter_name)
 
-    # ---- merging ----
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; if anything goes wrong, no weight has changed.
-
-        Args:
-            adapter_names: adapters to merge, by default the active ones.
-            safe_merge: check the merged weights for NaN and infinities before writing them.
-        """
-        self._check_merge_allowed()
-        self._merge(list(_mask_layers(self.model)), adapter_names, safe_merge)
-
-    def _merge(self, layers: list[MaskLayer], adapter_names: list[str] | None, safe_merge: bool = False) -> None:
-        depths = [layer.merge_depth for layer in layers]
-        try:
-            for layer in layers:
-                with onloaded(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-        except BaseException:
-            for layer, depth in zip(layers, depths, strict=True):
-                with onloaded(layer):
-                    layer.unmerge_to(depth)
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Put the weights of the base model back, bit for bit."""
-        for layer in _mask_layers(self.model):
-            with onloaded(layer):
-                layer.unmerge()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:  # all layers before the first is replaced, so that a failure leaves the model whole
-            unmerged = [name for name in adapter_names or self.active_adapters if not self._is_merged(name)]
-            if unmerged:
-                self.merge_adapter(adapter_names=unmerged, safe_merge=safe_merge)
-            for module in self.model.modules():
-                if isinstance(module, TrainableTokensWrapper):
-                    module.token_adapter.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge_adapter()
-        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
-
-    def _is_merged(self, adapter_name: str) -> bool:
-        return any(adapter_name in layer.merged_adapters for layer in _mask_layers(self.model))
-
-    def switch_adapter(self, adapter_name: str | None) -> None:
-        """Serve another adapter at full speed: unmerge what is merged, then activate and merge `adapter_name`.
-
-        The base weights are scattered into in place: same tensors, same addresses, no second copy. The cost is
-        proportional to the number of weights that are off.
-
-        Args:
-            adapter_name: name of a loaded adapter, or None for the bare base model (adapters are then disabled).
-
-        Raises:
-            ValueError: if there is no adapter of that name; nothing has changed then.
-        """
-        if adapter_name is not None and adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter named {adapter_name!r}; loaded are {sorted(self.peft_config)}.")
-        layers = list(_mask_layers(self.model))
-        for layer in layers:
-            with onloaded(layer):
-                layer.unmerge()
-        if adapter_name is None:
-            self.disable_adapter_layers()
-            return
-        self.set_adapter(adapter_name)
-        if any(layer.disable_adapters for layer in layers):
-            self.enable_adapter_layers()
-        self._merge(layers, [adapter_name])
+    # ---- mixed batches ----
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -276,8 +217,7 @@ class MaskModel(ScoredAdapters):
         if (adapter_names := kwargs.get("adapter_names")) is None:
             yield
             return
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        with rows_of(self.model, adapter_names, copies):
+        with rows_of(self.model, adapter_names, copies_in_generation(self.model, kwargs)):
             yield
 
     # ---- saving and loading ----
@@ -291,16 +231,25 @@ class MaskModel(ScoredAdapters):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # PEFT looks for heads and embeddings in this mapping, a copy of what it was given, by their names in `model`
+        state_dict.update(named_as_in(model, state_dict))
         tensors = records_of_adapter(model, adapter_name, state_dict, config.portable)
         if tensors:  # the configuration is written after them, and beside them
             config.record_bytes = record_sizes(tensors, adapter_name)
+            config.checksums = checksums_of(model, config, adapter_name, state_dict, tensors)
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # what an adapter trained of an embedding comes twice: by PEFT's name for it, and by that in the file
+        key = key.replace(f".modules_to_save.{adapter_name}.", ".")
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return state_from_records(model, config, adapter_name, state_dict)
+        return state_from_records(model, config, adapter_name, named_as_in(model, state_dict))
 
 
 def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer]) -> MaskConfig:
@@ -320,9 +269,6 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
         layers_to_transform=None,
         layers_pattern=None,
         target_bytes=None,
+        checksums=None,
         target_sparsity=max(sparsities, default=None) if configs[0].binarizer == "topk" else None,
     )
-
-
-def _mask_layers(model: nn.Module) -> Iterator[MaskLayer]:
-    return (module for module in model.modules() if isinstance(module, MaskLayer))

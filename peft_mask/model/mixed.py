@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,13 +11,28 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.layers.rows import BASE
+from peft_mask.layers.rows import BASE, batch_of
 
 _REGISTERING = threading.Lock()  # torch numbers its hooks without one
 
 
+def copies_in_generation(model: nn.Module, arguments: Mapping[str, Any]) -> set[int]:
+    """Return how many rows `generate` may make of each input: its beams or the sequences it is to return.
+
+    They are said in its arguments, in the configuration among these, or in the model's own. What is in force when these
+    differ depends on the release of transformers; which it was, the rows will tell.
+    """
+    sources = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
+    named = [
+        value
+        for field in ("num_beams", "num_return_sequences")
+        for value in (arguments.get(field), *(getattr(source, field, None) for source in sources))
+    ]
+    return {value for value in named if value is not None}
+
+
 @contextmanager
-def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> Iterator[None]:
+def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: Set[int] = frozenset()) -> Iterator[None]:
     """Tell every masked layer, and every copy of a trained module, which row of the batch is whose.
 
     It is told to forward passes of this thread alone: others may meanwhile run the same model with other rows.
@@ -25,8 +40,8 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> 
     Args:
         model: the base model with its masked layers.
         adapter_names: for each row an adapter's name, or `"__base__"` for none.
-        copies: how many rows `generate` makes of each input, one after another, except in an encoder: its beams or the
-            sequences it is to return, whichever are more.
+        copies: how many rows may come of each input, one after another (see `copies_in_generation`); modules that get
+            one row of each, as an encoder's do, are told so.
 
     Raises:
         TypeError: if the names are not a list.
@@ -42,30 +57,28 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> 
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Loaded are {sorted(known)}."
         )
-    encoder = set(_encoder_modules(model)) if copies > 1 else set()
-    repeated = [name for name in adapter_names for _ in range(copies)]
     with ExitStack() as hooks:
         with _REGISTERING:
             for module in readers:
-                names = list(adapter_names) if module in encoder else repeated
-                hooks.enter_context(module.register_forward_pre_hook(_adding(names), with_kwargs=True))
-        yield
+                hook = _adding(list(adapter_names), copies)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with batch_of(adapter_names):
+            yield
 
 
-def _encoder_modules(model: nn.Module) -> Iterable[nn.Module]:
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return ()
-    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
-    return encoder.modules()
-
-
-def _adding(names: list[str]) -> Any:
+def _adding(names: list[str], copies: Set[int]) -> Any:
     thread = threading.get_ident()
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         # Without `kwargs`, too, it is a call of another thread: the hook was removed while torch was about to call it.
         if kwargs is None or threading.get_ident() != thread:
             return None
-        return args, kwargs | {"adapter_names": names}
+        return args, kwargs | {"adapter_names": _repeated(names, copies, args)}
 
     return hook
+
+
+def _repeated(names: list[str], copies: Set[int], args: Sequence[Any]) -> list[str]:
+    rows = len(args[0]) if args else len(names)
+    times, rest = divmod(rows, max(len(names), 1))
+    return [name for name in names for _ in range(times)] if not rest and times in copies else names

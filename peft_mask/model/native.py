@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_mask.format.checksums import check
+from peft_mask.format.packing import bits_shape, count_zeros
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named, rebuilt_scores
+from peft_mask.model.beside import own_by_name
+from peft_mask.model.names import module_name
+from peft_mask.model.restored import rebuilt_scores
+from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named
 from peft_mask.settings.config import MaskConfig
 
 
@@ -42,7 +48,7 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         adapter_name: which adapter.
         config: its configuration.
     """
-    layers = layers_of_adapter(model, adapter_name)
+    layers = {module_name(path): layer for path, layer in layers_of_adapter(model, adapter_name).items()}
     if len(config.records_to_come) != len(layers):  # unknown, or of other modules
         return
     sizes = dict(zip(sorted(layers), config.records_to_come, strict=True))
@@ -51,6 +57,27 @@ def make_room(model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
     for name, size in sizes.items():
         layer = layers[name]
         layer.peft_mask_bits.make_room(adapter_name, size, partial(_receive, layer, adapter_name, config, name))
+    if config.checksums is not None and config.inference_mode:
+        first = layers[min(layers)]
+        first.check_when_filled(adapter_name, partial(_check_beside, model, adapter_name, config.checksums))
+
+
+def _check_beside(model: nn.Module, adapter_name: str, checksums: Mapping[str, Any]) -> None:
+    """Refuse an adapter that came by name if what it trained whole is not what was saved; it has no mask then."""
+    layers = layers_of_adapter(model, adapter_name)
+    if any(layer.peft_mask_bits.is_open(adapter_name) for layer in layers.values()):
+        return  # a mask that did not come raises when it is used
+    kept = {}
+    for name, (tensor, tokens) in own_by_name(model, adapter_name).items():
+        dtype = checksums["tensors"].get(name, "").partition(" ")[0]
+        if dtype in ("", f"{tensor.dtype}".removeprefix("torch.")):  # else transformers has cast it on the way
+            kept[name] = tensor, tokens
+    try:
+        check(checksums, None, kept)
+    except ValueError:
+        for name, layer in layers.items():
+            layer.peft_mask_bits.wait_for(adapter_name, name, bits_shape(layer.mask_shape))
+        raise
 
 
 def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_name: str, data: Tensor) -> None:
@@ -65,3 +92,5 @@ def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_nam
         if current is not None and positions is not None:
             current.copy_(positions)
     layer.peft_mask_bits.close(adapter_name)
+    if layer.has_budget(adapter_name):  # scores that come yet may be of a budget that was growing, with more below zero
+        layer.rest(adapter_name, count_zeros(bits, layer.mask_shape))

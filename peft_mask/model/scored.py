@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
+from peft_mask.model.names import plain_name
 from peft_mask.model.state import adapter_bytes
 from peft_mask.scores.budget import sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
@@ -145,6 +146,7 @@ class ScoredAdapters(BaseTuner):
         with torch.no_grad():
             for module, layer in layers.items():
                 layer.peft_mask_scores[name].copy_(new[module])
+                layer.rest(name, None)  # what a mask of other scores was held to is no matter of these
 
     def _only_active(self) -> str:
         if len(self.active_adapters) != 1:
@@ -153,7 +155,7 @@ class ScoredAdapters(BaseTuner):
 
     def _scored_layers(self, adapter_name: str, required: bool = True) -> list[tuple[str, MaskLayer]]:
         found = [
-            (name, module)
+            (plain_name(name), module)
             for name, module in self.model.named_modules()
             if isinstance(module, MaskLayer) and adapter_name in module.peft_mask_scores
         ]

@@ -12,15 +12,18 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from peft_mask.format.checksums import check
 from peft_mask.format.fingerprint import UNKNOWN
-from peft_mask.format.packing import count_zeros, unpack_bits
+from peft_mask.format.packing import count_zeros
 from peft_mask.format.ranks import WrongBaseError
 from peft_mask.format.record import read_record, write_record
+from peft_mask.layers.diffusers_hooks import check_in_memory
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
-from peft_mask.model.beside import FSDP_PREFIX, PEFT_PREFIX, own_tensors
+from peft_mask.model.beside import own_tensors
+from peft_mask.model.embeddings import add_rows, bring_in
+from peft_mask.model.names import PEFT_PREFIX, module_name, state_name
+from peft_mask.model.restored import checked_scores, rebuilt_scores
 from peft_mask.scores.budget import file_bytes
-from peft_mask.scores.candidates import choose_candidates
-from peft_mask.scores.functional import per_weight
 from peft_mask.scores.init import restart_margin
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_sharded, is_taken_away, shape_of
@@ -32,7 +35,7 @@ FOR_TRAINING = (_SCORES, _POSITIONS)  # endings of the names of what `keep_score
 def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
     """Return the masked layers of an adapter by their state-dict path in `model`."""
     return {
-        name.replace(FSDP_PREFIX, ""): module
+        state_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
     }
@@ -80,6 +83,7 @@ def records_of_adapter(
                 "Accelerate: zero3_save_16bit_model: true)."
             )
         return {}
+    check_in_memory(model)
     tensors: dict[str, torch.Tensor] = {}
     dead, inexact = [], []
     for path, layer in layers.items():
@@ -90,27 +94,34 @@ def records_of_adapter(
             is_sharded(scores) or scores.numel() < shape_of(layer.peft_mask_scores[adapter_name]).numel()
         ):
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': its scores are sharded over processes. Use "
+                f"cannot save the mask of '{module_name(path)}': its scores are sharded over processes. Use "
                 "trainer.save_model(folder), or let all processes call accelerator.get_state_dict(model), and one of "
                 "them model.save_pretrained(folder, state_dict=...) with what it returns."
             )
         if scores is not None and scores.isnan().any():
             raise ValueError(
-                f"cannot save the mask of '{_module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
+                f"cannot save the mask of '{module_name(path)}': {int(scores.isnan().sum())} of {scores.numel()} "
                 "scores are NaN. Did training diverge? Lower the learning rate and train again."
+            )
+        if scores is None and bits_key not in state_dict:
+            missing = scores_key if adapter_name in layer.peft_mask_scores else bits_key
+            raise ValueError(
+                f"cannot save the mask of '{module_name(path)}': the state dict that was handed over has no "
+                f"'{missing}'; it holds names such as '{next(iter(state_dict))}'. Hand over that of the whole model."
             )
         shape = layer.mask_shape
         if scores is None:
             bits = state_dict[bits_key]
         else:
-            bits = layer.rule(adapter_name).packed_mask(scores, shape, layer.positions(adapter_name))
+            most = layer.zeros_at_rest(adapter_name)
+            bits = layer.rule(adapter_name).packed_mask(scores, shape, layer.positions(adapter_name), most)
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
             tensors[bits_key] = write_record(bits, shape, layer.fingerprint(), base)
         if not portable and base is None:
-            inexact.append(_module_name(path))
+            inexact.append(module_name(path))
         if count_zeros(bits, shape) == shape.numel():
-            dead.append(_module_name(path))
+            dead.append(module_name(path))
         if layer.keeps_scores and scores is not None:
             tensors[scores_key] = scores
             if (positions := layer.positions(adapter_name)) is not None:
@@ -138,7 +149,7 @@ def adapter_bytes(model: nn.Module, adapter_name: str, portable: bool = True) ->
     for path, layer in layers_of_adapter(model, adapter_name).items():
         with onloaded(layer):
             base = None if portable else _base_to_code_against(layer)
-            sizes[_module_name(path)] = len(
+            sizes[module_name(path)] = len(
                 write_record(layer.packed_mask(adapter_name), layer.mask_shape, UNKNOWN, base)
             )
     return file_bytes(sizes)
@@ -169,7 +180,7 @@ def state_from_records(
             another shape, or (`config.check_base`) if it was made for another base weight; if the file holds more than
             is the adapter's (see `own_tensors`). No tensor of the model has changed then.
     """
-    layers = {_module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
+    layers = {module_name(path): (path, layer) for path, layer in layers_of_adapter(model, adapter_name).items()}
     records = named(state_dict, BITS)
     scores, candidates = named(state_dict, _SCORES), named(state_dict, _POSITIONS)
     if records.keys() != layers.keys():
@@ -181,8 +192,11 @@ def state_from_records(
             "interrupted, the configuration may still be that of the other: save it again."
         )
     others = {key: tensor for key, tensor in state_dict.items() if not key.endswith((BITS, *FOR_TRAINING))}
-    others = own_tensors(model, adapter_name, others)
+    beside = own_tensors(model, adapter_name, config, others)
     rebuilt = False
+    restored: dict[
+        str, tuple[float | None, int | None]
+    ] = {}  # budget of layers with scores, and zeros if these are less
     loaded: dict[str, torch.Tensor] = {}
     for name, (path, layer) in layers.items():
         bits = checked_bits(name, layer, records[name], config)
@@ -191,36 +205,44 @@ def state_from_records(
             continue
         parameter, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
         if name in scores:
-            if positions is not None:
-                positions = _checked_positions(name, candidates.get(name), layer.unmerged_weight(), parameter)
-            value = scores[name]
-            off = count_zeros(bits, layer.mask_shape)  # less than the budget while that was growing
-            if not _are_scores(value, parameter) or not torch.equal(
-                layer.rule(adapter_name).packed_mask(value, layer.mask_shape, positions, most=off).cpu(), bits
-            ):
-                raise ValueError(
-                    f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint "
-                    "is damaged, or its adapter_config.json was changed."
-                )
+            value, kept = scores[name], candidates.get(name)
+            positions, restored[name] = checked_scores(name, layer, adapter_name, config, bits, value, kept)
         else:
             value, positions = rebuilt_scores(name, layer, bits, config, sparse=positions is not None)
+            restored[name] = config.target_sparsity, None
             rebuilt = True
         loaded[f"{path}{_SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
             loaded[f"{path}{_POSITIONS}.{adapter_name}"] = positions
+    first_load = all(layer.peft_mask_bits.is_open(adapter_name) for _, layer in layers.values())
+    if config.checksums is not None and first_load:  # else the configuration is not this file's
+        trained = {module_name(key): (state_dict[key], ()) for key in state_dict if key.endswith(FOR_TRAINING)}
+        check(config.checksums, records, {**beside.beside, **trained})
+    warning = None
     if rebuilt:
-        warnings.warn(
+        warning = (
             f"the adapter '{adapter_name}' holds masks without scores: every score restarts at init_margin "
             f"({restart_margin(config):g}) above or below the threshold. Training goes on from the mask, but not as if "
-            "it had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints.",
-            stacklevel=2,
+            "it had never stopped; for that, train with MaskCallback, which keeps the scores in checkpoints."
         )
-    for path, layer in layers.values():  # now that all masks are accepted, in place of room for their records
+        # into scores that were trained already a training may also load its best masks, and end
+        if not any(layer.scores_changed(adapter_name) for _, layer in layers.values()):
+            warnings.warn(warning, stacklevel=2)
+            warning = None
+    for name, (path, layer) in layers.items():  # now that all masks are accepted, in place of room for their records
         if (bits_key := f"{path}{BITS}.{adapter_name}") in loaded:
             layer.peft_mask_bits.fill(adapter_name, loaded[bits_key])
-        else:
-            layer.peft_mask_bits.close(adapter_name)
-    return others | loaded
+            continue
+        layer.peft_mask_bits.close(adapter_name)
+        sparsity, zeros = restored[name]
+        layer.set_sparsity(adapter_name, sparsity)
+        layer.rest(adapter_name, zeros, warning)
+        warning = None  # once is enough
+    for _, layer in layers.values():
+        layer.check_when_filled(adapter_name, None)
+    bring_in(model, adapter_name, beside.embeddings)
+    add_rows(model, adapter_name, config, beside.rows, beside.tensors)
+    return beside.tensors | loaded
 
 
 def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
@@ -232,15 +254,11 @@ def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torc
     found: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key.endswith(suffix):
-            name = _module_name(key.removesuffix(suffix))
+            name = module_name(key.removesuffix(suffix))
             if name in found:
                 raise ValueError(f"the file holds '{name}{suffix}' twice, with the prefix '{PEFT_PREFIX}' and without.")
             found[name] = value
     return found
-
-
-def _module_name(path: str) -> str:
-    return path.removeprefix(PEFT_PREFIX)
 
 
 def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskConfig) -> torch.Tensor:
@@ -251,6 +269,11 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
     """
     with onloaded(layer):
         weight = layer.unmerged_weight()
+        if is_sharded(weight):
+            raise ValueError(
+                f"cannot load the mask of '{name}': the base weight is sharded over processes, and a mask is checked "
+                "against all of it. Load the adapter first, and shard the model afterwards."
+            )
         try:
             record = read_record(data, weight.shape, None if weight.is_meta else weight)
         except WrongBaseError as error:
@@ -270,57 +293,3 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
                 'adapter_config.json, or, to load it all the same, set "check_base": false there.'
             )
     return record.bits
-
-
-def rebuilt_scores(
-    name: str, layer: MaskLayer, bits: torch.Tensor, config: MaskConfig, sparse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores that come to the mask `bits`, and their positions if there are to be candidates."""
-    weight, positions = layer.unmerged_weight(), None
-    mask = unpack_bits(bits, weight.shape)
-    if sparse:
-        off = (~mask).reshape(-1).nonzero().squeeze(1)
-        try:
-            positions = choose_candidates(weight, config, name, include=off)
-        except ValueError as error:
-            raise ValueError(
-                f"cannot train the mask of '{name}' on: {error}. Set candidates to a larger fraction in the adapter's "
-                "adapter_config.json, or to null."
-            ) from error
-        assert positions is not None
-        mask = mask.reshape(-1)[positions.to(mask.device).long()]
-    margin = restart_margin(config)
-    scores = torch.where(mask, margin, -margin)
-    if config.group is not None or config.structure != "weight":
-        rule = layer.rule_for(config, name)
-        scores = scores[tuple(slice(None, None, step) for step in rule.unit)]  # one of each block
-        if not torch.equal(per_weight(rule.mask(scores), mask.shape), mask):
-            field = f"pattern={config.pattern!r}" if config.group else f"structure={config.structure!r}"
-            raise ValueError(
-                f"cannot train the mask of '{name}' on: it is not of the kind that {field} in the adapter's "
-                "adapter_config.json says. Is it a combination of several?"
-            )
-    return scores, positions
-
-
-def _are_scores(value: torch.Tensor, parameter: torch.Tensor) -> bool:
-    real = value.is_floating_point() and value.dtype.itemsize > 1
-    return real and value.shape == parameter.shape and not bool(value.isnan().any())
-
-
-def _checked_positions(
-    name: str, positions: torch.Tensor | None, weight: torch.Tensor, parameter: torch.Tensor
-) -> torch.Tensor:
-    if (
-        positions is None
-        or positions.dtype not in (torch.int32, torch.int64)
-        or positions.shape != parameter.shape
-        or not ((positions >= 0) & (positions < weight.numel())).all()
-        or not (positions.diff() > 0).all()
-    ):
-        raise ValueError(
-            f"cannot load the scores of '{name}': which weights they belong to is missing or malformed "
-            f"(expected {parameter.numel()} ascending positions below {weight.numel()}). The checkpoint is damaged, or "
-            "its adapter_config.json was changed."
-        )
-    return positions

@@ -1,14 +1,15 @@
-"""Which weights of a model are masked, and which modules are its task head: found, not listed by architecture."""
+"""Which weights of a model are masked: found, not listed by architecture; and whether they can be."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,11 +18,24 @@ from peft_mask.layers.head import linear_layers
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.heads import head_modules, new_modules, output_embeddings, train_new_head
+from peft_mask.model.matching import (
+    apply_restrictions,
+    check_found,
+    check_names,
+    listed,
+    matched_modules,
+    matched_parameters,
+    outermost_modules,
+)
+from peft_mask.model.names import plain_name
 from peft_mask.scores.units import check_groups, unit_shape
 from peft_mask.settings.config import MaskConfig
-from peft_mask.settings.options import TASKS_WITH_HEAD
-from peft_mask.tensors.sharded import is_taken_away
+from peft_mask.tensors.memory import sharing_memory
+from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away
 from peft_mask.tensors.stored import StoredWeight
+
+_WAY_OUT = "Leave it out of target_modules, or name it in exclude_modules."
 
 
 def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
@@ -37,47 +51,79 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
         config.modules_to_save = [
             name for name in config.modules_to_save or [] if not any(part.endswith(name) for part in inside)
         ]
-    elif config.task_type in TASKS_WITH_HEAD or is_multiple_choice(model):
-        missing = [name for name in config.head_names if name not in (config.modules_to_save or [])]
-        config.modules_to_save = [*(config.modules_to_save or []), *missing]
-    if config.target_modules is None and not (config.target_parameters and not isinstance(model, PreTrainedModel)):
-        config.target_modules = default_target_modules(model, config)
-    _maybe_include_all_linear_layers(config, model)
-    matched = {name for name, _ in matched_modules(model, config)}
+    else:
+        train_new_head(model, config)
+    found_here = resolve_default(model, config)
+    if not config.is_saved:
+        check_names(model, config, found_here)
+    apply_restrictions(model, config)
+    if found_here:
+        leave_out_unmaskable(model, config)
     if config.head == "masked":
         pooler = f"{cast(PreTrainedModel, model).base_model_prefix}.pooler"
-        config.target_modules = matched = matched | linear_layers(model, (*config.head_names, pooler))
+        matched = {plain_name(name) for name, _ in matched_modules(model, config)}
+        config.target_modules = matched | linear_layers(model, (*config.head_names, pooler))
+    check_found(model, config)
+    matched = {plain_name(name) for name, _ in matched_modules(model, config)}
     if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in matched):
         # PEFT saves the dense embedding as well if it finds the bare name, or a pattern for it, among the targets
         config.target_modules = matched
 
 
-def outermost_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the named modules of `model`, a tuner layer as one: not what it wraps."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, name + ".")
-        yield name, module
+def resolve_default(model: nn.Module, config: MaskConfig) -> bool:
+    """Write out which linear layers the default, or `"all-linear"`, means; return whether `config` says one of them.
+
+    Raises:
+        NoMatchingPeftModuleError: if there is none.
+    """
+    if config.target_modules is None:
+        if config.target_parameters and not isinstance(model, PreTrainedModel):
+            return False
+        config.target_modules = default_target_modules(model)
+    else:
+        named = config.target_modules
+        _maybe_include_all_linear_layers(config, model)
+        if config.target_modules is named:
+            return False
+    if not config.target_modules and not config.target_parameters:
+        raise NoMatchingPeftModuleError(
+            f"{type(model).__name__} has no linear layer: name other modules in target_modules, such as convolutions."
+        )
+    return True
 
 
-def matched_modules(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that `config` names to be masked, wrapped or not, with their names."""
-    for name, module in outermost_modules(model):
-        if name and check_target_module_exists(config, name):
-            yield name, module
+def leave_out_unmaskable(model: nn.Module, config: MaskConfig) -> None:
+    """Take out of targets that were found what cannot be masked, and warn of it.
 
-
-def matched_parameters(model: nn.Module, config: MaskConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield what `config.target_parameters` names: module name, module, and the parameter's own name."""
-    wanted = config.target_parameters or []
-    for name, module in outermost_modules(model):
+    Raises:
+        NoMatchingPeftModuleError: if nothing remains.
+    """
+    tied = tied_weights(model)
+    new = [] if config.is_saved else new_modules(model) or []
+    reasons: dict[str, list[str]] = {}
+    names, matched = set(), list(matched_modules(model, config))
+    if not matched:
+        return
+    for name, module in matched:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for parameter_name, _ in base.named_parameters(recurse=False):
-            if any(f".{name}.{parameter_name}".endswith(f".{target}") for target in wanted):
-                yield name, module, parameter_name
+        reason = _reason_by_type(base) or _reason_in_place(model, name, base, tied)
+        if reason is None and any(f"{name}.".startswith(f"{one}.") for one in new):
+            continue  # `train_new_head` has said so
+        if reason is None:
+            names.add(plain_name(name))
+        else:
+            reasons.setdefault(reason, []).append(name)
+    config.target_modules = names
+    if not reasons:
+        return
+    said = f"linear layers of {type(model).__name__} that are not masked: " + "; ".join(
+        f"{listed(left_out, 3)}, since {reason}" for reason, left_out in list(reasons.items())[:3]
+    )
+    if (more := sum(map(len, list(reasons.values())[3:]))) > 0:
+        said += f"; and {more} more for reasons like these"
+    if not names and not config.target_parameters:
+        raise NoMatchingPeftModuleError(f"there is nothing to mask: {said}.")
+    warnings.warn(f"{said}. exclude_modules leaves them out without this line.", stacklevel=2)
 
 
 def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size]:
@@ -91,28 +137,18 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
     for name, module in matched_modules(model, config):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_free(name, module)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(base, nn.Linear):
+        if reason := _reason_by_type(base):
             raise ValueError(
-                f"cannot mask '{name}': in evaluation nn.TransformerEncoderLayer reads the weights of its linear "
-                "layers directly and would ignore the mask. Leave it out of target_modules."
+                f"Target module '{name}' of type {type(base).__name__} is not supported: {reason}. {_WAY_OUT}"
             )
+        if reason := _reason_in_place(model, name, base, tied):
+            raise ValueError(f"cannot mask '{name}': {reason}. {_WAY_OUT}")
         if isinstance(base, nn.MultiheadAttention):
             _check_here(name, base)
-        try:
-            dimension = mask_layer_type(base).input_dimension_of(base)
-        except ValueError as error:
-            raise ValueError(
-                f"Target module '{name}' of type {type(base).__name__} is not supported: {error}. Leave it out of "
-                "target_modules, or name it in exclude_modules."
-            ) from error
+        dimension = mask_layer_type(base).input_dimension_of(base)
         for part, stored in stored_weights(base, name, config.mask_biases).items():
-            if others := tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}:
-                raise ValueError(
-                    f"cannot mask '{name}': its weight is tied to {sorted(others)}, which would see it unmasked "
-                    "until merging and masked afterwards. Leave it out of target_modules, or untie the weights "
-                    "first."
-                )
+            if stored.reason_not_kept:  # a bias: of weights this is known by now
+                raise ValueError(f"cannot mask '{part}': {stored.reason_not_kept}.")
             _check_in_one_piece(part, stored)
             shapes[part] = stored.shape
             _check_units(part, stored.shape, dimension, config)
@@ -136,6 +172,31 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
         shapes[f"{name}.{parameter_name}"] = stored.shape
         _check_units(f"{name}.{parameter_name}", stored.shape, None, config)
     return shapes
+
+
+def _reason_by_type(base: nn.Module) -> str | None:
+    """Return why modules like this one cannot be masked, or None."""
+    try:
+        mask_layer_type(base)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _reason_in_place(model: nn.Module, name: str, base: nn.Module, tied: Mapping[nn.Parameter, set[str]]) -> str | None:
+    """Return why a module cannot be masked where it stands, or None."""
+    if _is_rescaled(model, name):
+        return (
+            "RWKV rescales its weight in place in evaluation, which would not reach it (rescale_every=0 in the "
+            "configuration of the model keeps it from that)"
+        )
+    for stored in stored_weights(base, name).values():
+        if others := sorted(tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}):
+            return (
+                f"its weight is tied to {listed([repr(other) for other in others], 3)}, which would see it unmasked "
+                "until merging and masked afterwards"
+            )
+    return None
 
 
 def _check_units(name: str, shape: torch.Size, dimension: int | None, config: MaskConfig) -> None:
@@ -165,6 +226,14 @@ def _check_in_one_piece(name: str, stored: StoredWeight) -> None:
             "which weights get a score follows from their values. Make the model with its masks before "
             "TrainingArguments or Accelerator; DeepSpeed takes it apart when it prepares it."
         )
+    parameter = stored.parameter
+    loaded_in_parts = hasattr(stored.module, "_hf_device_mesh")  # by transformers before 5, as plain tensors
+    if is_sharded(parameter) or is_flattened(parameter) or has_no_storage(parameter) or loaded_in_parts:
+        raise ValueError(
+            f"cannot mask '{name}': its weight of shape {tuple(stored.shape)} is sharded over processes, and masks are "
+            "made, loaded and checked with all of its values. Add or load the adapter first, and shard the model with "
+            "its masks afterwards: fully_shard(get_peft_model(model, config)). Load the base without tp_plan."
+        )
 
 
 def _check_here(name: str, module: nn.Module) -> None:
@@ -175,38 +244,29 @@ def _check_here(name: str, module: nn.Module) -> None:
         )
 
 
+def _is_rescaled(model: nn.Module, name: str) -> bool:
+    """Whether RWKV halves the weight of a layer in place in evaluation, where a masked layer hands out a copy."""
+    return name.endswith((".attention.output", ".feed_forward.value")) and any(
+        hasattr(module, "layers_are_rescaled") and cast(PreTrainedModel, module).config.rescale_every > 0
+        for module in model.modules()
+    )
+
+
 def _is_masked_whole(module: nn.Module) -> bool:
     return isinstance(module, MaskLayer) and not isinstance(module, ParamWrapper)
 
 
 def tied_weights(model: nn.Module) -> dict[nn.Parameter, set[str]]:
-    """Map every parameter called `weight` that several modules share to the names of these modules."""
+    """Map every parameter that several modules share, or share memory with, to the names of these modules."""
     owners: dict[nn.Parameter, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(weight, set()).add(name.removesuffix(".base_layer"))
-    return {weight: names for weight, names in owners.items() if len(names) > 1}
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules with parameters that stand outside the backbone: the task head.
-
-    They are newly initialized when a pretrained backbone is loaded, so they must be trained and saved: the classifier,
-    and with it DeBERTa's pooler, DistilBERT's `pre_classifier`, ModernBERT's `head` and so on.
-    """
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        return []
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
-
-
-def is_multiple_choice(model: nn.Module) -> bool:
-    """Return whether a transformers model chooses one of several texts; PEFT has no task type for such models."""
-    return type(model).__name__.endswith("ForMultipleChoice")
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(name.removesuffix(".base_layer"))
+    for group in sharing_memory(owners):
+        names = set().union(*(owners[parameter] for parameter in group))
+        owners.update(dict.fromkeys(group, names))
+    return {parameter: names for parameter, names in owners.items() if len(names) > 1}
 
 
 def attention_head_size(model: nn.Module) -> int | None:
@@ -222,7 +282,7 @@ def attention_head_size(model: nn.Module) -> int | None:
     return width // heads if width and heads else None
 
 
-def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:
+def default_target_modules(model: nn.Module) -> set[str]:
     """Return the names of every linear layer of the backbone, as `"all-linear"` but without embeddings and heads.
 
     Raises:
@@ -234,22 +294,11 @@ def default_target_modules(model: nn.Module, config: MaskConfig) -> set[str]:
             'its backbone is not known. `target_modules="all-linear"` masks every linear layer.'
         )
     backbone = "" if model.base_model is model else model.base_model_prefix + "."
-    tied = tied_weights(model)
-    output_embeddings = model.get_output_embeddings()
-    names = set()
-    for name, module in outermost_modules(model):
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if (
-            isinstance(base, (nn.Linear, Conv1D))
-            and not isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)  # part of an attention layer
-            and name.startswith(backbone)
-            and base is not output_embeddings
-            and base.weight not in tied
-        ):
-            names.add(name)
-    if config.layers_to_transform is None:
-        return names
-    # PEFT looks at layer indices for suffixes only, not for full names.
-    suffixes = copy.copy(config)
-    suffixes.target_modules = {name.rpartition(".")[2] for name in names}
-    return {name for name in names if check_target_module_exists(suffixes, name)}
+    return {
+        plain_name(name)
+        for name, module in outermost_modules(model)
+        if name.startswith(backbone)
+        and (base := module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        is not output_embeddings(model)
+        and isinstance(base, (nn.Linear, Conv1D))
+    }

@@ -175,7 +175,9 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions)
         ctx.transposed = transposed
         masked = _masked(weight, scores, mask, positions)
-        return F.linear(x, masked.t() if transposed else masked, bias)
+        output = F.linear(x, masked.t() if transposed else masked, bias)
+        # a view of two dimensions as it is, which autograd would not let anyone change in place after a function
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     @once_differentiable

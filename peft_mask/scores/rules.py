@@ -89,6 +89,11 @@ class Rule:
         return self if self.budget is None else dataclasses.replace(self, budget=self.budget.to(device))
 
     @property
+    def zeros(self) -> int | None:
+        """How many scores a budget switches off; None if there is no budget."""
+        return None if self.budget is None else self.budget.zeros
+
+    @property
     def plain(self) -> bool:
         """Whether the mask is `scores >= 0` also in training, for which there is a fast path."""
         return self.budget is None and self.binarizer not in ("bernoulli", "n:m")

@@ -1,1 +1,1 @@
-"""What a user can say: `MaskConfig`, its checks, and the model card that repeats it."""
+"""What a user can say: `MaskConfig`, its checks, and the model card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from peft_mask.format.payload import RANKS
 from peft_mask.format.record import Header
 
 _WEIGHTS_FILE, _CONFIG_FILE, _CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_SENTENCE_TRANSFORMERS = "sentence-transformers"
+_IMPORT = "import peft_mask  # without it, PEFT says KeyError: 'PEFT_MASK'"
 _BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"
 
 # task type -> what PEFT calls the class that loads base model and adapter, and what else it must be told
@@ -36,6 +39,9 @@ def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResu
     Saving an adapter calls this, so that it is only needed to add results. The metadata gets `library_name`,
     `base_model`, `tags` and, of the results, `model-index`; the text a section with sparsity, bits a weight, bytes and
     how to load the adapter. PEFT's card that nobody has filled in goes; all other text and metadata stay.
+
+    sentence-transformers writes a card of its own, after the adapter, and asks nobody what to say in it: call this when
+    the model is saved. The `library_name` stays its own then, and its examples begin with `import peft_mask`.
 
     Args:
         folder: where `save_pretrained` wrote the adapter.
@@ -65,7 +71,8 @@ def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResu
     config = read_config(folder / _CONFIG_FILE)
     card = _load(folder / _CARD_FILE)
     _fill_metadata(cast(ModelCardData, card.data), config, folder, list(results or []))
-    card.text = _with_section(card.text, _section(headers, config, (folder / _WEIGHTS_FILE).stat().st_size))
+    section = _section(headers, config, (folder / _WEIGHTS_FILE).stat().st_size, _usage(config, folder, card))
+    card.text = _with_section(_with_import(card.text), section)
     replace_files({folder / _CARD_FILE: str(card).encode()})
 
 
@@ -84,7 +91,8 @@ def _load(file: Path) -> ModelCard:
 
 
 def _fill_metadata(data: ModelCardData, config: dict[str, Any], folder: Path, results: list[EvalResult]) -> None:
-    data.library_name = "peft"
+    if data.library_name != _SENTENCE_TRANSFORMERS:
+        data.library_name = "peft"
     tags = {*(data.tags or []), "peft-mask"} - {"base_model:adapter:"}  # PEFT's, of a base without a name
     if base := config.get("base_model_name_or_path"):
         data.base_model = data.base_model or base
@@ -106,7 +114,13 @@ def _with_section(text: str, section: str) -> str:
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _section(records: list[tuple[Header, int]], config: dict[str, Any], size: int) -> str:
+def _with_import(text: str) -> str:
+    """Let the examples of sentence-transformers' own card begin with our import."""
+    block = r"^```python\n(?!import peft_mask)(?=(?:(?!```).*\n)*?from sentence_transformers import )"
+    return re.sub(block, f"```python\n{_IMPORT}\n", text, flags=re.MULTILINE)
+
+
+def _section(records: list[tuple[Header, int]], config: dict[str, Any], size: int, usage: str) -> str:
     base = config.get("base_model_name_or_path")
     weights = sum(math.prod(header.shape) for header, _ in records)
     sparsity = sum(header.zeros for header, _ in records) / max(weights, 1)
@@ -124,7 +138,7 @@ It switches off {sparsity:.2%} of the weights it masks{f" in `{base}`" if base e
 | bytes of the masks | {coded:,} |
 | bytes of `{_WEIGHTS_FILE}`, task head included | {size:,} |
 
-{_usage(config)}{_needs_base(records)}
+{usage}{_needs_base(records)}
 {_END}"""
 
 
@@ -134,9 +148,13 @@ def _needs_base(records: list[tuple[Header, int]]) -> str:
     return "\n\nIt is coded against the weights of the base model: load that in float32 or bfloat16."
 
 
-def _usage(config: dict[str, Any]) -> str:
+def _usage(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
     name, told = _AUTO_CLASSES.get(config.get("task_type") or "", (None, ""))
-    if name:
+    if cast(ModelCardData, card.data).library_name == _SENTENCE_TRANSFORMERS:
+        own = folder / "config_sentence_transformers.json"
+        name = (json.loads(own.read_text("utf-8")) if own.is_file() else {}).get("model_type", "SentenceTransformer")
+        lines = [f"from sentence_transformers import {name}", "", f'model = {name}("this/repository")']
+    elif name:
         lines = [
             f"from peft import {name}",
             "",
@@ -144,4 +162,4 @@ def _usage(config: dict[str, Any]) -> str:
         ]
     else:
         lines = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base_model, "this/repository")']
-    return "\n".join(["```python", "import peft_mask  # without it, PEFT says KeyError: 'PEFT_MASK'", *lines, "```"])
+    return "\n".join(["```python", _IMPORT, *lines, "```"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from peft import PeftConfig
 
 from peft_mask.format.atomic import replace_files
 from peft_mask.settings.card import is_card_due, update_model_card
+from peft_mask.settings.foreign import explains_foreign_words
 from peft_mask.settings.options import (
     TASKS_WITH_HEAD,
+    UNSET,
     Binarizer,
     CandidateRule,
     Head,
@@ -23,6 +26,7 @@ from peft_mask.settings.options import (
     Structure,
     check_options,
     check_types,
+    fill_in,
     group_of,
 )
 
@@ -33,16 +37,14 @@ class MaskType(str, enum.Enum):
     PEFT_MASK = "PEFT_MASK"
 
 
-DEFAULT_SPARSITY = 0.005
-DEFAULT_PATTERN = "2:4"
-
-
+@explains_foreign_words
 @dataclass
 class MaskConfig(PeftConfig):
     """Configuration of a mask: which weights are kept is learned, their values never change.
 
     Fields that mean the same as in `LoraConfig` have its names and defaults. `sparsity` is, here and everywhere, the
-    fraction of weights that are switched off.
+    fraction of weights that are switched off. `binarizer` and `candidates` follow from the other fields where they are
+    not given (`"auto"`), and are what they came to once the configuration is made.
 
     Args:
         target_modules: names, suffixes or a regular expression of the modules to mask, or `"all-linear"`. By default
@@ -59,20 +61,23 @@ class MaskConfig(PeftConfig):
             is trained then, or saved. For `task_type="SEQ_CLS"`; for other heads leave `task_type` out.
         head_seed: the seed of these weights. Adapters of one model have the same head.
         fan_in_fan_out: accepted for symmetry with `LoraConfig` and without effect: a mask has the weight's own shape.
-        binarizer: how scores become a mask. `"topk"`: of each matrix the `target_sparsity` with the lowest scores below
-            the threshold are off, so that the size of the file is known beforehand and the learning rate of the scores
-            does not matter. `"threshold"`: the paper's, a weight is kept where its score has reached the threshold.
-            `"sign"`: the same, and scores stay within [-1, 1]. `"bernoulli"`: in training a weight is kept with the
-            probability `sigmoid(score)`, drawn anew in every step; in evaluation, and when saved, it is kept where that
-            is at least one half. `"n:m"`: of each M consecutive inputs of an output the N of highest score are kept.
-        pattern: N and M of `"n:m"`, by default `"2:4"`. It divides the number of inputs and needs `candidates=None`.
+        binarizer: how scores become a mask; by default `"topk"`, or `"n:m"` where a `pattern` is given, or
+            `"threshold"` where `init_weights` names a start or `structure` is `"matrix"`. `"topk"`: of each matrix the
+            `target_sparsity` with the lowest scores below the threshold are off, so that the size of the file is known
+            beforehand and the learning rate of the scores does not matter. `"threshold"`: the paper's, a weight is kept
+            where its score has reached the threshold. `"sign"`: the same, and scores stay within [-1, 1].
+            `"bernoulli"`: in training a weight is kept with the probability `sigmoid(score)`, drawn anew in every step;
+            in evaluation, and when saved, it is kept where that is at least one half. `"n:m"`: of each M consecutive
+            inputs of an output the N of highest score are kept.
+        pattern: N and M of `"n:m"`, by default `"2:4"`. It divides the number of inputs.
         target_sparsity: fraction of the masked weights that `"topk"` switches off; by default 0.005, which costs about
             0.047 bit a masked weight.
         target_bytes: the size that `adapter_model.safetensors` is to have, without a task head; the sparsity is
             computed from it, and stands in `target_sparsity` once the model is wrapped. If that is given as well, it
             holds during training, and `target_bytes` from its end on.
         candidates: fraction of each matrix that has scores and may be switched off, or None: all of it. Scores, their
-            gradient and optimizer state exist for candidates only.
+            gradient and optimizer state exist for candidates only. By default 0.1, and all where they must be: with
+            another `structure` than `"weight"`, with `"n:m"`, and with a `target_sparsity` above 0.1.
         candidate_rule: which weights are candidates: `"magnitude"`, the largest, or `"random"`. Others, chosen by data
             or by a rule of one's own, are set with `MaskModel.set_candidates`.
         init_weights: starting scores. `True`: every weight kept; with `"threshold"` and `"sign"`, large ones closer to
@@ -93,8 +98,8 @@ class MaskConfig(PeftConfig):
             `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
         structure: what one score governs. `"weight"`: a single weight; `"row"`: what makes one output, `"column"`: what
             reads one input; `"head"`: the rows of an attention head, of the query, key and value projections that
-            `target_modules` names; `"matrix"`: a whole matrix. All but the first need `candidates=None`, and count in
-            `target_sparsity` and `init_sparsity`.
+            `target_modules` names; `"matrix"`: a whole matrix. All but the first have no single weights as
+            `candidates`, and count in `target_sparsity` and `init_sparsity`.
         mask_biases: mask the biases of masked linear layers and convolutions as well, each with scores, candidates and
             a budget of its own. For `structure="weight"`, and not for `"n:m"`.
         head_size: outputs of an attention head; by default as the model's configuration says.
@@ -111,6 +116,8 @@ class MaskConfig(PeftConfig):
         check_base: refuse to load the adapter on another base model than it was trained on.
         record_bytes: not to be set: written on saving, the length of each record in `adapter_model.safetensors`, in the
             order of module names. transformers' `model.load_adapter` cannot load the masks without it.
+        checksums: not to be set: written on saving, the checksums of what stands beside the records, such as a task
+            head. None, as in older files: they are not checked.
 
     Raises:
         ValueError: if a field is out of range; the message names it.
@@ -131,11 +138,11 @@ class MaskConfig(PeftConfig):
     init_margin: float = field(default=0.016, metadata={"help": "Distance of the starting scores from the threshold."})
     init_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off at the start."})
     threshold: float = field(default=0.0, metadata={"help": "The paper's threshold tau."})
-    binarizer: Binarizer = field(default="topk", metadata={"help": "How scores become a mask."})
+    binarizer: Binarizer = field(default=UNSET, metadata={"help": "How scores become a mask."})
     pattern: str | None = field(default=None, metadata={"help": "How many of how many are kept, for n:m."})
     target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights off, for topk."})
     target_bytes: int | None = field(default=None, metadata={"help": "Size of the file, in place of a sparsity."})
-    candidates: float | None = field(default=0.1, metadata={"help": "Fraction of weights with scores; None: all."})
+    candidates: float | None = field(default=UNSET, metadata={"help": "Fraction of weights with scores; None: all."})
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
     mask_biases: bool = field(default=False, metadata={"help": "Mask the biases of masked layers, too."})
@@ -152,6 +159,7 @@ class MaskConfig(PeftConfig):
     seed: int | None = field(default=None, metadata={"help": "Seed of everything random in the adapter."})
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
+    checksums: dict[str, Any] | None = field(default=None, metadata={"help": "Of heads and such; set on saving."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -164,10 +172,9 @@ class MaskConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        if self.binarizer == "topk" and self.target_sparsity is None and self.target_bytes is None:
-            self.target_sparsity = DEFAULT_SPARSITY
-        if self.binarizer == "n:m" and self.pattern is None:
-            self.pattern = DEFAULT_PATTERN
+        if isinstance(self.layers_to_transform, Collection):
+            self.layers_to_transform = sorted(self.layers_to_transform)  # a range has no place in a file
+        fill_in(self)
         check_options(self)
 
     @classmethod
@@ -207,9 +214,14 @@ class MaskConfig(PeftConfig):
         return any(f"{name}.".startswith(f"{head}.") for head in self.head_names)
 
     @property
+    def is_saved(self) -> bool:
+        """Whether it is that of a saved adapter, whose file says what is masked; else of a new one."""
+        return self._from_file or self.inference_mode
+
+    @property
     def records_to_come(self) -> list[int]:
         """`record_bytes` of a file that is about to be loaded; empty for a new adapter, or if they are unknown."""
-        return self.record_bytes or [] if self._from_file or self.inference_mode else []
+        return self.record_bytes or [] if self.is_saved else []
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, in the place of an old one in one step, and fill in the model card beside it."""

@@ -56,6 +56,14 @@ def check_indices(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name} must be a list of integers{bound}, got {value!r}.")
 
 
+def check_checksums(name: str, value: Any) -> None:
+    """Raise a `ValueError` if a field is neither what saving writes of a file's checksums nor None."""
+    sums = value.get("tensors") if isinstance(value, dict) else None
+    texts = [value.get("records"), *sums.values()] if isinstance(sums, dict) else [None]
+    if value is not None and not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be what saving wrote or None, got {value!r}.")
+
+
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, get_args
 
-from peft_mask.settings.fields import check_choice, check_indices, check_names, check_number, check_switch, check_text
+from peft_mask.settings.fields import (
+    check_checksums,
+    check_choice,
+    check_indices,
+    check_names,
+    check_number,
+    check_switch,
+    check_text,
+)
 
 Binarizer = Literal["topk", "threshold", "sign", "bernoulli", "n:m"]
 CandidateRule = Literal["magnitude", "random"]
@@ -16,6 +24,10 @@ InitWeights = Literal["uniform", "exact_uniform", "magnitude", "magnitude_and_un
 
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 LARGEST_GROUP = 32  # weights of an N:M group
+DEFAULT_SPARSITY = 0.005
+DEFAULT_CANDIDATES = 0.1
+DEFAULT_PATTERN = "2:4"
+UNSET: Any = "auto"  # the default of a field that follows from the others where it is not given
 
 
 def group_of(pattern: str) -> tuple[int, int]:
@@ -32,6 +44,29 @@ def group_of(pattern: str) -> tuple[int, int]:
     if not 0 < kept < size <= LARGEST_GROUP:
         raise ValueError(f'pattern must be "N:M" with 0 < N < M <= {LARGEST_GROUP}, got {pattern!r}.')
     return kept, size
+
+
+def fill_in(config: Any) -> None:
+    """Give the fields of a `MaskConfig` that were left open the values that go with those that were given."""
+    if config.binarizer == UNSET:
+        config.binarizer = _binarizer_for(config)
+    if config.binarizer == "n:m" and config.pattern is None:
+        config.pattern = DEFAULT_PATTERN
+    if config.binarizer == "topk" and config.target_sparsity is None and config.target_bytes is None:
+        config.target_sparsity = DEFAULT_SPARSITY
+    if config.candidates == UNSET:
+        sparsity = config.target_sparsity
+        more = isinstance(sparsity, float) and sparsity > DEFAULT_CANDIDATES
+        all_of_them = more or config.structure != "weight" or config.binarizer == "n:m"
+        config.candidates = None if all_of_them else DEFAULT_CANDIDATES
+
+
+def _binarizer_for(config: Any) -> str:
+    if config.pattern is not None:
+        return "n:m"
+    if isinstance(config.init_weights, str) or config.structure == "matrix":
+        return "threshold"
+    return "topk"
 
 
 def check_types(config: Any) -> None:
@@ -51,7 +86,9 @@ def check_types(config: Any) -> None:
     if not isinstance(config.auto_mapping, (dict, type(None))):
         raise ValueError(f"auto_mapping must be a dictionary or None, got {config.auto_mapping!r}.")
     if (blocks := config.layers_to_transform) is not None:
-        check_indices("layers_to_transform", [blocks] if type(blocks) is int else blocks)
+        check_indices("layers_to_transform", [blocks] if type(blocks) is int else blocks, least=0)
+        if type(blocks) is not int and not blocks:
+            raise ValueError(f"layers_to_transform names no block, got {blocks!r}: leave it out for all of them.")
     if (tokens := config.trainable_token_indices) is not None:
         if isinstance(tokens, (list, dict)) and not tokens:
             raise ValueError(f"trainable_token_indices names no token, got {tokens!r}: leave it out.")
@@ -88,8 +125,11 @@ def check_options(config: Any) -> None:
         isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
     ):
         raise ValueError(f"record_bytes must be a list of positive integers or None, got {sizes!r}.")
+    check_checksums("checksums", config.checksums)
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+    if config.target_modules is not None and not config.target_modules and not config.target_parameters:
+        raise ValueError("target_modules names nothing to mask: leave it out for the default, or name modules.")
 
 
 def _check_budget(config: Any) -> None:

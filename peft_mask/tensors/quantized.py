@@ -88,6 +88,7 @@ class QuantizedWeight(StoredWeight):
     """What quantized weights share."""
 
     exact: ClassVar[bool | None] = False
+    reason_not_kept: ClassVar[str | None] = None
 
     @property
     def value_bytes(self) -> int:

@@ -69,6 +69,23 @@ def is_flattened(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
+def is_in_parts(parameter: torch.Tensor) -> bool:
+    """Return whether FSDP or DeepSpeed keeps a parameter, or what it trains in its place, in its own way."""
+    zero = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    return zero or is_sharded(parameter) or is_flattened(parameter)
+
+
+def is_whole(parameter: torch.Tensor) -> bool:
+    """Return whether all values of a parameter are here now: it is neither on the meta device nor in parts."""
+    in_parts = is_sharded(parameter) or is_taken_away(parameter) or (is_flattened(parameter) and parameter.dim() == 1)
+    return not parameter.is_meta and not in_parts
+
+
+def has_no_storage(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values are freed, as FSDP1 does with views of a flat parameter between two uses."""
+    return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
+
+
 def check_can_change(parameter: torch.Tensor, what: str) -> None:
     """Raise a `RuntimeError` if DeepSpeed trains a parameter: it does that in a copy of its own, in its own time."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):

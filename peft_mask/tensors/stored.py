@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from peft_mask.tensors.elements import put, take
-from peft_mask.tensors.sharded import is_flattened, is_taken_away, shape_of
+from peft_mask.tensors.sharded import is_flattened, is_sharded, is_taken_away, shape_of
+
+COMPUTED_ANEW = (
+    "its {name} is computed anew in each forward pass (weight_norm, spectral_norm, prune or another parametrization), "
+    "and a mask merged into it would be lost. Make it a parameter again first, with remove_parametrizations of "
+    "torch.nn.utils.parametrize, or remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+)
 
 Displaced = tuple[torch.Tensor, torch.Tensor]  # row-major positions, and the elements that are stored there otherwise
 
@@ -36,6 +42,11 @@ class StoredWeight:
     def parameter(self) -> torch.Tensor:
         """The parameter that holds the elements."""
         return cast(torch.Tensor, getattr(self.module, self.name))
+
+    @property
+    def reason_not_kept(self) -> str | None:
+        """Why what is stored here does not stay, or None if it does."""
+        return None if self.name in self.module._parameters else COMPUTED_ANEW.format(name=self.name)
 
     @property
     def shape(self) -> torch.Size:
@@ -72,11 +83,11 @@ class StoredWeight:
 
     def take(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the elements at row-major positions (int64)."""
-        return self._take(self._elements(), positions)
+        return self._take(self._own_elements(), positions)
 
     def put(self, positions: torch.Tensor, elements: torch.Tensor) -> None:
         """Store what `take` returned, in place."""
-        self._put(self._elements(), positions, elements)
+        self._put(self._own_elements(), positions, elements)
 
     def switch_off(self, positions: torch.Tensor) -> None:
         """Store the element of the value zero at each of these positions, in place."""
@@ -105,7 +116,17 @@ class StoredWeight:
                 "DeepSpeed ZeRO-3 keeps it in parts. Save the adapter, and load or merge it into a base model outside "
                 "DeepSpeed."
             )
+        if reason := self.reason_not_kept:
+            raise ValueError(f"cannot merge a mask into a {type(self.module).__name__}: {reason}.")
         return self.parameter.data
+
+    def _own_elements(self) -> torch.Tensor:
+        if is_sharded(self.parameter):
+            raise ValueError(
+                f"cannot merge into the {self.name} of a {type(self.module).__name__}, of shape {tuple(self.shape)}: "
+                "it is sharded over processes. Save the adapter, and load and merge it into a whole base model."
+            )
+        return self._elements()
 
     def _values_of(self, elements: torch.Tensor) -> torch.Tensor:
         return elements
@@ -117,4 +138,4 @@ class StoredWeight:
         return take(elements, positions.to(elements.device))
 
     def _put(self, elements: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-        put(elements, positions.to(elements.device), new.to(elements.device))
+        put(elements, positions.to(elements.device), new.to(elements))

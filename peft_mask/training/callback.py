@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -13,26 +13,33 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from peft_mask.model.checkpoint import put_scores_back, set_scores_aside
 from peft_mask.model.state import keep_scores
+from peft_mask.training.checkpoints import keep_best, record_share, recorded_share, warn_of_best
 from peft_mask.training.schedule import SparsitySchedule
-from peft_mask.training.spending import budgets, fill_budget, spend_budget
+from peft_mask.training.spending import all_spent, budgets, end_spending, fill_budget, spend_budget, spent_share
 from peft_mask.training.statistics import MaskStatistics
 
 
 class MaskCallback(TrainerCallback):
     """Logs the masks' figures beside the loss, and keeps the scores in checkpoints so that training can be resumed.
 
-    A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `fill_budget` brings a file to the bytes
-    it was promised; custom loops call these. With it, `resume_from_checkpoint` and `load_best_model_at_end` go on from
-    the very scores, and a resumed training ends as if it had never stopped. Hand it to `Trainer(callbacks=[...])`:
-    added later, it counts flips from the checkpoint, and takes it that training had started with every weight kept. The
+    A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `spend_budget` lets a budget grow,
+    `fill_budget` brings a file to the bytes it was promised; custom loops call these. With it,
+    `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores, and a resumed training ends as if
+    it had never stopped. Hand it to `Trainer(callbacks=[...])`: added later, it counts flips from the checkpoint. The
     adapter saved after training holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies
     "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
 
+    With `load_best_model_at_end` the model is the best checkpoint in the end also where the trainer could not load it:
+    an adapter that is not called "default", or a model of sentence-transformers. If that checkpoint is gone, a warning
+    says so, and the masks are the last ones.
+
     Args:
         schedule: lets the budget grow; None: it is spent whole from the first step on. "auto": it grows as
-            `SparsitySchedule.gentle` says if training starts with every weight kept, as with new masks; masks that have
-            zeros keep them. What is evaluated or saved before `schedule.end` has fewer zeros than the budget, and keeps
-            them so if `load_best_model_at_end` chooses it or the training ends there.
+            `SparsitySchedule.gentle` says, from what masks spend at the start: new masks nothing, trained ones all of
+            it, those of a training that was interrupted a part. A training that is resumed goes on with the share of
+            its checkpoint, and gives no zeros back. What is evaluated or saved before `schedule.end` has fewer zeros
+            than the budget, and keeps them so if `load_best_model_at_end` chooses it or the training ends there; the
+            next training has the whole budget.
         before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
             as `SparsityPenalty` and `GradientDropout`.
         after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
@@ -51,7 +58,8 @@ class MaskCallback(TrainerCallback):
             raise ValueError(f'schedule must be a SparsitySchedule, "auto" or None, got {schedule!r}.')
         self._chosen = schedule
         self._schedule = None if schedule == "auto" else schedule  # what is followed; of "auto" training decides
-        self._share: float | None = None  # what the schedule has let be spent in this training
+        self._least = 0.0  # the share that is let from the first step of this training on
+        self._share: float | None = None  # the share that is let now
         self._before_step, self._after_step = tuple(before_step), tuple(after_step)
         self._started_from: MaskStatistics | None = None
         self._statistics: MaskStatistics | None = None  # in training
@@ -69,24 +77,37 @@ class MaskCallback(TrainerCallback):
                 'hub_strategy="every_save" would upload the scores in the checkpoints: this transformers asks no '
                 'callback before it does. Set hub_strategy="end", or use transformers 5.'
             )
+        if args.load_best_model_at_end:
+            warn_of_best(kwargs["model"])
         started_from = self._started_from if state.global_step > 0 else None
         self._statistics = self._started_from = started_from or MaskStatistics(kwargs["model"])
-        self._share = None
-        if self._chosen == "auto":
-            from_new = self._statistics.zeros_at_start == 0 or (state.global_step > 0 and started_from is None)
-            budget = max((sparsity for *_, sparsity in budgets(kwargs["model"])), default=0.0)
-            self._schedule = SparsitySchedule.gentle(budget, state.max_steps) if from_new else None
+        self._plan(kwargs["model"], state)
         keep_scores(kwargs["model"])
+
+    def _plan(self, model: nn.Module, state: TrainerState) -> None:
+        """Decide how much of its budget a training may spend when, whatever an earlier one has left in the model."""
+        before = recorded_share(state)  # of a training that goes on
+        self._share, self._least = None, before or 0.0
+        if self._chosen == "auto":
+            budget = max((sparsity for *_, sparsity in budgets(model)), default=0.0)
+            self._schedule = SparsitySchedule.gentle(budget, state.max_steps)
+            if before is None:
+                self._least = spent_share(model)
+        self._spend(model, state, self._least if self._schedule else 1.0)
+
+    def _spend(self, model: nn.Module, state: TrainerState, share: float) -> None:
+        if share != self._share:  # when all is spent, there is nothing to do for the rest of the training
+            spend_budget(model, share)
+            self._share = share
+        record_share(state, share)
+
+    def _share_at(self, step: int, steps: int) -> float:
+        return 1.0 if self._schedule is None else max(self._least, self._schedule.share(step / steps))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._schedule is None:
-            return
-        share = self._schedule.share(state.global_step / state.max_steps)
-        if share != self._share:  # when all is spent, there is nothing to do for the rest of the training
-            spend_budget(kwargs["model"], share)
-            self._share = share
+        self._spend(kwargs["model"], state, self._share_at(state.global_step, state.max_steps))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,6 +118,8 @@ class MaskCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for call in self._after_step:
             call(kwargs["model"])
+        if state.global_step >= state.max_steps:  # so that the last mask is evaluated and saved as it will stay
+            self._spend(kwargs["model"], state, 1.0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
@@ -127,16 +150,8 @@ class MaskCallback(TrainerCallback):
     ) -> None:
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
-        share = 1.0
-        if self._schedule is not None:
-            share = self._schedule.share(_progress_kept(args, state))
-            spend_budget(kwargs["model"], share)
-        if share == 1.0:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            keep_best(kwargs["model"], state)
+        end_spending(kwargs["model"])
+        if all_spent(kwargs["model"]):
             fill_budget(kwargs["model"])
-
-
-def _progress_kept(args: TrainingArguments, state: TrainerState) -> float:
-    """Return how far the training had come, as schedules count it, when it made the model that it ends with."""
-    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None
-    steps = cast(int, state.best_global_step) if chosen else state.global_step
-    return 1.0 if steps >= state.max_steps else (steps - 1) / state.max_steps  # as at the beginning of its last step

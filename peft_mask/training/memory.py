@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from peft_mask.format.packing import index_dtype
 from peft_mask.layers.linear import Linear
 from peft_mask.layers.registry import mask_layer_type, stored_weights
-from peft_mask.model.targets import matched_modules, matched_parameters, resolve_targets
+from peft_mask.model.matching import matched_modules, matched_parameters
+from peft_mask.model.targets import resolve_targets
 from peft_mask.scores.candidates import candidate_count
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
@@ -113,7 +114,9 @@ def training_memory(
         indexed = (8 + 2 * weight.value_bytes // numel) * (count or 0)
         transient = max(transient, at_a_time * weight.value_bytes + indexed)
     heads = [
-        m for name, m in model.named_modules() if name and name.rpartition(".")[2] in (config.modules_to_save or [])
+        m
+        for name, m in model.named_modules()
+        if any(f".{name}".endswith(f".{saved}") for saved in config.modules_to_save or [])
     ]
     head = sum(p.numel() for module in heads for p in module.parameters())
     kept = _saved_sizes(model, inputs, [weight.parameter for weight, *_ in weights])

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_mask.model.scored import trained_scores
 from peft_mask.training.sign_adamw import SignAdamW
+from peft_mask.training.spending import end_spending
 
 # Recommended learning rates; how they were found stands in docs/training.md.
 HEAD_LR = 5e-3
@@ -29,6 +30,8 @@ def create_mask_optimizer(
     By default the scores of adapters with a budget (`binarizer="topk"`) take sign steps, which keep no state; for them
     any `mask_lr` does the same. All else is trained with AdamW, and so are scores with `binarizer="threshold"`, for
     which `mask_lr` decides how many weights go. Weight decay never touches scores, nor vectors such as biases or norms.
+
+    A new optimizer is a new training: if one before was interrupted while its budget grew, this one has all of it.
 
     Args:
         model: a model with masks to train.
@@ -58,6 +61,7 @@ def create_mask_optimizer(
             "the model has no mask scores to train: wrap it with get_peft_model(model, MaskConfig(...)), or load the "
             "adapter with is_trainable=True."
         )
+    end_spending(model)
     signed = issubclass(optimizer_cls, SignAdamW)
     ranked: list[nn.Parameter] = []
     compared: list[nn.Parameter] = []

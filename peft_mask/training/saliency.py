@@ -11,6 +11,7 @@ from torch import nn
 from peft_mask.format.packing import zero_positions
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.mask_model import MaskModel
+from peft_mask.model.names import plain_name
 from peft_mask.scores.candidates import by_preference
 
 
@@ -43,7 +44,7 @@ def saliency_candidates(
     """
     base = cast(MaskModel, model.base_model)
     layers = {
-        name: module
+        plain_name(name): module
         for name, module in cast(nn.Module, base.model).named_modules()
         if isinstance(module, MaskLayer) and module.positions(adapter_name) is not None
     }

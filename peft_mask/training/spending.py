@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from peft_mask.format.packing import count_zeros
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.mask_model import MaskModel
 from peft_mask.model.scored import trained_scores
+from peft_mask.scores.budget import budget_zeros
 
 
 def budgets(model: nn.Module) -> list[tuple[MaskLayer, str, float]]:
@@ -27,7 +30,8 @@ def budgets(model: nn.Module) -> list[tuple[MaskLayer, str, float]]:
 def spend_budget(model: nn.Module, share: float) -> None:
     """Let adapters in training switch off a share of their budget for now; the budget itself stays what it is.
 
-    `MaskCallback(schedule=...)` calls this before each step; a custom loop calls it with `SparsitySchedule.share`.
+    `MaskCallback(schedule=...)` calls this before each step; a custom loop calls it with `SparsitySchedule.share`. The
+    share holds until it is set anew, or another training begins: with `MaskCallback` or `create_mask_optimizer`.
 
     Args:
         model: a PEFT model, a transformers model with adapters, or one that contains it, with masks to train.
@@ -40,6 +44,41 @@ def spend_budget(model: nn.Module, share: float) -> None:
         raise ValueError(f"share must be from 0 to 1, got {share!r}.")
     for layer, adapter_name, sparsity in budgets(model):
         layer.set_sparsity(adapter_name, share * sparsity)
+
+
+def end_spending(model: nn.Module) -> None:
+    """End a training: masks stay what they are, and the next one, whoever runs it, has the whole budget.
+
+    Args:
+        model: as in `spend_budget`.
+    """
+    for layer, adapter_name, sparsity in budgets(model):
+        if layer.zeros_at_rest(adapter_name) is None:
+            let = _zeros_let(layer, adapter_name)
+            layer.set_sparsity(adapter_name, sparsity)
+            if let < _zeros_let(layer, adapter_name):
+                layer.rest(adapter_name, let)
+
+
+def _zeros_let(layer: MaskLayer, adapter_name: str) -> int:
+    rule = layer.rule(adapter_name)
+    return cast(int, rule.zeros) * math.prod(rule.unit)
+
+
+def all_spent(model: nn.Module) -> bool:
+    """Return whether no adapter in training is held to a part of its budget (see `end_spending`)."""
+    return all(layer.zeros_at_rest(adapter_name) is None for layer, adapter_name, _ in budgets(model))
+
+
+def spent_share(model: nn.Module) -> float:
+    """Return the smallest share of their budget that adapters in training have to be let in order to lose no zero."""
+    share = 0.0
+    for layer, adapter_name, sparsity in budgets(model):
+        rule, shape = layer.rule(adapter_name), layer.mask_shape
+        zeros = count_zeros(layer.packed_mask(adapter_name), shape) // math.prod(rule.unit)
+        if zeros > 1:  # one may be off at any share
+            share = max(share, zeros / budget_zeros(rule.units(shape), sparsity))
+    return min(share, 1.0)
 
 
 def fill_budget(model: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """What a file holds beside its masks: the adapter's own heads and embeddings come in, nothing else does."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +24,11 @@ def adapter(tmp_path):
 def edit(folder, **tensors):
     held = load((folder / FILE).read_bytes())  # not mapped, for older safetensors writes into the file that is there
     save_file({**held, **tensors}, folder / FILE, metadata={"format": "pt"})
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
 
 
 def bytes_of(model):
@@ -66,6 +73,9 @@ def test_a_head_of_nan_is_refused(adapter):
 def test_a_head_in_another_precision_is_cast_as_ever(adapter):
     head = load((adapter / FILE).read_bytes())[HEAD]
     edit(adapter, **{HEAD: head.to(torch.bfloat16)})
+    with pytest.raises(ValueError, match=r'"checksums": null'):
+        PeftModel.from_pretrained(tiny_model("bert"), adapter)
+    edit_config(adapter, checksums=None)
     model = PeftModel.from_pretrained(tiny_model("bert"), adapter)
     loaded = model.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(loaded, head.to(torch.bfloat16).float())

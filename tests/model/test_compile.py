@@ -129,3 +129,14 @@ def test_a_budget_is_compiled_for_anew_only_where_it_was_never_as_large():
             model.base_model.set_target_sparsity(sparsity)
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
             assert compiled.compilations == compilations
+
+
+def test_a_trace_of_masks_is_refused_and_one_of_merged_weights_right():
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), MaskConfig(target_modules=["0"])).eval()
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record how a mask is made: merge it first"):
+        torch.jit.trace(model, x)
+    expected = model(x)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    model.merge_adapter()
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)

@@ -1,5 +1,7 @@
 """Rows of one batch under different adapters: each as if its adapter were alone."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -100,6 +102,28 @@ def test_generation(family, head, task_type, how):
     each = how.get("num_return_sequences", 1)
     for row, name in enumerate(name for name in NAMES for _ in range(each)):
         assert torch.equal(mixed[row], expected[name][row])
+
+
+@pytest.mark.parametrize("place", ["argument", "model"])
+@pytest.mark.parametrize(("family", "head", "task_type"), [("gpt2", "lm", "CAUSAL_LM"), ("t5", "lm", "SEQ_2_SEQ_LM")])
+def test_generation_with_beams_that_a_configuration_asks_for(family, head, task_type, place):
+    model = two_adapters(family, head, task_type)
+    inputs = batch(model)
+    how = {"num_beams": 3, "num_return_sequences": 2}
+    length = {"max_new_tokens": 4, "min_new_tokens": 4}
+    expected = {name: alone(model, name, lambda: model.generate(**inputs, **length, **how)) for name in set(NAMES)}
+    model.set_adapter("one")
+    own = model.get_base_model().generation_config
+    changed = copy.deepcopy(own) if place == "argument" else own
+    changed.update(**how)
+    arguments = {"generation_config": changed} if place == "argument" else {}
+    mixed = model.generate(**inputs, **length, **arguments, adapter_names=NAMES)
+    for row, name in enumerate(name for name in NAMES for _ in range(2)):
+        assert torch.equal(mixed[row], expected[name][row])
+    single = model.generate(
+        **inputs, **length, **arguments, adapter_names=NAMES, num_beams=1, num_return_sequences=1, do_sample=False
+    )
+    assert len(single) == len(NAMES)
 
 
 def test_what_cannot_be_mixed_is_refused_and_leaves_no_hook():

@@ -6,9 +6,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_mask import MaskConfig, create_mask_optimizer, stored
+from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.targets import head_modules
+from peft_mask.tensors import stored
 from tests.tiny_models import FAMILIES, tiny_heads, tiny_inputs, tiny_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -385,6 +386,47 @@ def test_tied_weights_are_refused(ensure_weight_tying):
         pytest.raises(ValueError, match=r"cannot mask 'lm_head': its weight is tied to .*'transformer.wte'"),
     ):
         get_peft_model(model, MaskConfig(target_modules=["lm_head", "c_attn"], ensure_weight_tying=ensure_weight_tying))
+
+
+@pytest.mark.parametrize("share", [lambda weight: weight, lambda weight: weight.t(), lambda weight: weight[:2]])
+def test_weights_that_share_memory_are_refused_as_tied_ones_are(share):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(share(model[0].weight.data))
+    with pytest.raises(ValueError, match=r"cannot mask '0': its weight is tied to \['1'\]"):
+        get_peft_model(model, MaskConfig(target_modules=["0"]))
+
+
+def test_parts_of_one_tensor_are_not_tied():
+    fused = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer, part in zip(model, fused.chunk(2), strict=True):
+        layer.weight = nn.Parameter(part)
+    model = get_peft_model(model, MaskConfig(target_modules=["0", "1"], init_weights=False)).eval()
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_whole_state_dict_fills_a_mask_for_use(tmp_path, assign):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+
+    get_peft_model(base(), MaskConfig(target_modules=["0"], init_weights=False)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    fresh = get_peft_model(base(), MaskConfig(target_modules=["0"], inference_mode=True))
+    x = torch.randn(3, 6)
+    with pytest.raises(ValueError, match="the adapter 'default' has no mask for '0'"):
+        fresh(x)
+    fresh.load_state_dict(loaded.state_dict(), assign=assign)
+    assert torch.equal(fresh(x), loaded(x))
+    other = get_peft_model(nn.Sequential(nn.Linear(20, 4)), MaskConfig(target_modules=["0"], inference_mode=True))
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.0\.peft_mask_bits\.default"):
+        other.load_state_dict(loaded.state_dict(), strict=False)
+    with pytest.raises(ValueError, match="the adapter 'default' has no mask for '0'"):
+        other(torch.randn(3, 20))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")

@@ -1,4 +1,7 @@
+import ast
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +50,47 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert "peft_mask" in loaded
     assert [name for name in loaded if name.split(".")[0] in HEAVY] == []
     assert [name for name in loaded if any(name == part or name.startswith(f"{part}.") for part in HEAVY_PARTS)] == []
+
+
+def picture():
+    """The module that draws the picture of the rooms."""
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "images" / "architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_of_the_imports_as_they_are():
+    drawn = (ROOT / "docs" / "images" / "architecture.svg").read_text("utf-8")
+    assert picture().drawn() == drawn, "draw it again: python docs/images/architecture.py"
+
+
+def test_no_import_runs_upward():
+    order = picture().rooms()
+    assert [pair for pair in picture().imports() if order.index(pair[0]) > order.index(pair[1])] == []
+
+
+def test_the_architecture_page_names_every_file_in_the_paragraph_of_its_room():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for room in picture().rooms():
+        paragraph = re.search(rf"^\*\*`{room}/`: .*?(?=\n\n)", page, re.M | re.S)[0]
+        files = {path.stem for path in (ROOT / "peft_mask" / room).glob("*.py")} - {"__init__", "__main__"}
+        if room != "analysis":  # whose files have a page of their own
+            assert files - set(re.findall(r"`(\w+)`", paragraph)) == set()
+
+
+def test_only_the_front_door_stands_at_the_first_level():
+    assert {path.name for path in (ROOT / "peft_mask").glob("*.*")} == {"__init__.py", "py.typed"}
+
+
+def test_documents_examples_and_messages_name_the_front_door_alone():
+    rooms = "|".join(room for room in picture().rooms() if room != "analysis")
+    inside = re.compile(rf"\bpeft_mask\.(?:{rooms})\b")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.*")]
+    texts = [path.read_text("utf-8") for path in pages if path.suffix in (".py", ".md")]
+    for path in (ROOT / "peft_mask").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        texts += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    assert [text for text in texts if inside.search(text)] == []

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from attacks import cases, forge, fuzz, run
+from attacks import cases, damage, forge, fuzz, run
 from attacks.doors import MASKS, NATIVE, PEFT
 from attacks.victim import CODECS, PADDED, QUERY, save_adapter
 from peft_mask import Masks
@@ -69,6 +69,13 @@ def test_mutants_are_refused_in_words_or_are_the_one_record_of_a_mask():
     assert findings.accepted < 600
     assert len(findings.reasons) > 25  # so many checks were met, those behind the checksum too
     assert findings.worst < 1 << 20
+
+
+def test_damaged_adapters_are_refused_or_every_value_is_as_saved():
+    findings = damage.damage(60, seed=0)
+    assert findings.accepted == {}
+    assert findings.refused.total() > 40
+    assert len(findings.refused) > 4  # by so many checks, in both files
 
 
 def test_a_mutant_is_the_same_whatever_else_is_tried():

@@ -51,6 +51,7 @@ class Hook:
 TUNER, LAYER = "peft.tuners.tuners_utils:BaseTuner.", "peft.tuners.tuners_utils:BaseTunerLayer."
 CONFIG, BUFFERS, CALLBACK = "peft:PeftConfig.", "peft.tuners._buffer_dict:BufferDict.", "transformers:TrainerCallback."
 MODEL, MASK_LAYER = "peft_mask.model.mask_model:MaskModel", "peft_mask.layers.mask_layer:MaskLayer"
+MERGING_LAYER = "peft_mask.layers.merging:MergingLayer"
 PARAMETER_LAYER = "peft_mask.layers.stand_in:ParamWrapper"
 MASK_CALLBACK = "peft_mask.training.callback:MaskCallback"
 
@@ -89,16 +90,31 @@ HOOKS = [
         "resolves 'all-linear' before targets are checked",
         ("peft_config", "model"),
     ),
+    Hook(
+        "peft.utils.other:_set_trainable",
+        "trains and saves whole what a name in modules_to_save is the end of",
+        says="key.endswith(target_key)",
+    ),
+    Hook(
+        "transformers.core_model_loading:set_param_for_module",
+        "marks what it has read, so that the rest is known to be new",
+        says="param_value._is_hf_initialized = True",
+        needs="transformers>=5",
+    ),
+    Hook("peft.utils.error:NoMatchingPeftModuleError", "what PEFT raises where nothing is adapted; ours says why"),
+    Hook("peft.config:PeftConfigMixin.from_peft_type", "knows a later file by it", says="got an unexpected keyword"),
     Hook("peft.utils.constants:EMBEDDING_LAYER_NAMES", "which embeddings PEFT would save whole beside their masks"),
     Hook("transformers.pytorch_utils:Conv1D", "GPT-2's linear layer, whose weight is transposed"),
     # layers
     Hook(LAYER + "adapter_layer_names", "where PEFT finds scores, to freeze and to train", ours=MASK_LAYER),
     Hook(LAYER + "other_param_names", "where it finds bits and positions, to move and to delete", ours=MASK_LAYER),
     Hook(LAYER + "_get_available_adapters", "counts adapters with bits, which have no parameter", ours=MASK_LAYER),
-    Hook(LAYER + "merged", "whether weights are switched off, for torch.compile", ours=MASK_LAYER),
+    Hook(LAYER + "merged", "whether weights are switched off, for torch.compile", ours=MERGING_LAYER),
+    Hook(LAYER + "weight", "the weight that is computed with, for models that read it", ours=MASK_LAYER),
+    Hook(LAYER + "bias", "and the bias", ours="peft_mask.layers.bias:LayerWithBias"),
     Hook(LAYER + "delete_adapter", "also forgets budget and room of the adapter", ours=MASK_LAYER),
-    Hook(LAYER + "merge", "switches off in the stored weight", ours=MASK_LAYER),
-    Hook(LAYER + "unmerge", "puts back what was switched off", ours=MASK_LAYER),
+    Hook(LAYER + "merge", "switches off in the stored weight", ours=MERGING_LAYER),
+    Hook(LAYER + "unmerge", "puts back what was switched off", ours=MERGING_LAYER),
     Hook(LAYER + "_move_adapter_to_device_of_base_layer", "to the parameter's, of experts", ours=PARAMETER_LAYER),
     Hook(LAYER + "set_adapter", "activates, and sets requires_grad", ("adapter_names", "inference_mode")),
     Hook(LAYER + "get_base_layer", "the module below wrappers around wrappers", ()),
@@ -141,11 +157,37 @@ HOOKS = [
     Hook(TUNER + "_get_adapter_state_dict", "saves records instead of scores", ours=MODEL),
     Hook(TUNER + "_remap_adapter_state_dict_for_load", "makes bits or scores of records", ours=MODEL),
     Hook("peft:get_peft_model_state_dict", "saves through that hook", says="_get_adapter_state_dict("),
+    Hook(TUNER + "_remove_adapter_name_from_key", "an embedding that is trained whole is saved once", ours=MODEL),
+    Hook(
+        "peft:get_peft_model_state_dict",
+        "adds embeddings from the same state dict that our hook was given, which is PEFT's own copy",
+        says="to_return.update({k: v for k, v in state_dict.items() if k.startswith(embedding_prefix)})",
+    ),
+    Hook(
+        "peft.utils.save_and_load:_filter_state_dict_for_adapter_name",
+        "makes that copy",
+        ("state_dict", "unwanted_adapter_names"),
+    ),
+    Hook("peft.utils:ModulesToSaveWrapper.update", "gives an adapter an embedding of its own", ("adapter_name",)),
+    Hook("peft.utils:ModulesToSaveWrapper.set_adapter", "puts it in use", ("adapter_names", "inference_mode")),
+    Hook(
+        "peft.tuners.trainable_tokens:TrainableTokensLayer.update_layer",
+        "keeps tokens, rows and originals by these names, to which rows of a resized vocabulary are added",
+        says="self.trainable_tokens_original[adapter_name]",
+    ),
+    Hook(
+        "transformers.integrations.peft:PeftAdapterMixin.load_adapter",
+        "says eval() when everything has been loaded by name, and heads can be compared",
+        says="self.eval()",
+        needs="transformers>=5",
+    ),
     Hook("peft:set_peft_model_state_dict", "loads through that one", says="_remap_adapter_state_dict_for_load("),
     Hook("peft:set_peft_model_state_dict", "hotswap_adapter", ("model", "peft_model_state_dict", "adapter_name")),
-    Hook("peft.utils:load_peft_weights", "hotswap_adapter", ("model_id", "device")),
+    Hook("peft.utils:load_peft_weights", "hotswap_adapter, and loads the best checkpoint", ("model_id", "device")),
     Hook("peft.utils:infer_device", "hotswap_adapter", ()),
     Hook("peft.utils:SAFETENSORS_WEIGHTS_NAME", "the file whose scores are kept from uploads"),
+    Hook("peft.utils:CONFIG_NAME", "the file that a control of an adapter is a copy of"),
+    Hook("transformers.models.auto.configuration_auto:CONFIG_MAPPING", "tells model types from paths in a command"),
     Hook(
         "transformers.core_model_loading:set_param_for_module",
         "sets a loaded buffer as an attribute of our BitsDict, after it compared its shape",
@@ -172,17 +214,33 @@ HOOKS = [
     # Trainer
     Hook("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", "finds the checkpoint that was just written"),
     Hook("transformers.trainer_utils:HubStrategy.EVERY_SAVE", "the strategy whose uploads hold no scores"),
+    Hook("transformers:TrainerState.stateful_callbacks", "checkpoints keep the share of a budget that was let there"),
+    Hook("transformers:TrainerState.load_from_json", "which is read of the best of them", ("json_path",)),
+    Hook("transformers:TrainerState.best_model_checkpoint", "its folder, whose masks are the final ones"),
+    Hook("transformers:TrainerState.best_global_step", "names it in a warning that they are not"),
+    Hook("transformers.trainer:TRAINER_STATE_NAME", "the file of that state"),
+    Hook("transformers.utils:SAFE_WEIGHTS_NAME", "tells checkpoints of whole models"),
+    Hook("transformers.utils:WEIGHTS_NAME", "the same"),
+    Hook("transformers.utils:SAFE_WEIGHTS_INDEX_NAME", "the same"),
+    Hook("transformers.utils:WEIGHTS_INDEX_NAME", "the same"),
+    Hook("peft.utils:WEIGHTS_NAME", "tells checkpoints of adapters"),
     Hook(CALLBACK + "on_init_end", "counts flips from the masks before a resume", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_train_begin", "keeps scores in checkpoints from here on", ours=MASK_CALLBACK),
-    Hook(CALLBACK + "on_train_end", "and no longer; fills the budget of bytes", ours=MASK_CALLBACK),
+    Hook(CALLBACK + "on_train_end", "and no longer; keeps the best, fills the budget of bytes", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_step_begin", "lets a budget grow", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_pre_optimizer_step", "steers gradients that are whole", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_step_end", "steers scores after the step", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_log", "adds figures to the logs", ours=MASK_CALLBACK),
     Hook(CALLBACK + "on_push_begin", "sets scores aside", ours=MASK_CALLBACK, needs="transformers>=5"),
     Hook(CALLBACK + "on_save", "puts them back", ours=MASK_CALLBACK),
+    # accelerate
+    Hook(
+        "accelerate.hooks:add_hook_to_module",
+        "its hooks run around a masked layer as around this one",
+        says="module._hf_hook.pre_forward(module, *args, **kwargs)",
+    ),
+    Hook("accelerate.hooks:add_hook_to_module", "finds a forward of the user's own below them", says="_old_forward"),
     # torch
-    Hook("torch.nn:Module._apply", "moves budgets to where the scores go", ("fn", "recurse")),
     Hook(
         "torch.nn.parallel:DistributedDataParallel.__init__",
         "asks us once, in all processes, which buffers not to send",
@@ -203,6 +261,20 @@ HOOKS = [
     Hook("torch.utils._python_dispatch:TorchDispatchMode", "answers questions about values on the meta device"),
     Hook("torch.utils._pytree:tree_leaves", "finds what a block is given", ("tree",)),
     Hook("torch.utils._pytree:tree_map_only", "cuts what it returns off its past"),
+    Hook("torch.nn:Module._apply", "keeps dtypes, and casts what merging has displaced", ours=MERGING_LAYER),
+    *(
+        Hook("torch.nn:Module._call_impl", "runs the hooks of a base layer around its mask", says=f"self.{hooks}")
+        for hooks in (
+            "_forward_pre_hooks",
+            "_forward_pre_hooks_with_kwargs",
+            "_forward_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_hooks_always_called",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    ),
+    Hook("torch:Tensor._make_wrapper_subclass", "a tensor without values"),
     Hook("torch.nn.modules.linear:NonDynamicallyQuantizableLinear", "knows attention's out_proj, which is not called"),
     Hook("torch.nn:Conv1d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),
     Hook("torch.nn:Conv2d._conv_forward", "convolves with another weight", ("input", "weight", "bias")),

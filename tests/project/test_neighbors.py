@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_mask import MaskCallback, MaskConfig, Masks, SignAdamW, create_mask_optimizer
+from peft_mask import MaskCallback, MaskConfig, Masks, SignAdamW, create_mask_optimizer, update_model_card
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model, tiny_tokenizer
 
@@ -194,15 +194,53 @@ def test_dpo_goes_on_from_a_trained_mask_against_a_merged_reference(trained, tmp
     assert not torch.equal(logits(model), start)
 
 
-# Strict: the day TRL copies them this fails, and docs/neighbors.md, which says what to do instead, has to change.
-@pytest.mark.xfail(strict=True, reason="TRL copies parameters with '.default.' in their names; ours end in it")
+def rewarded(kind, model, folder):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+    sizes = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "max_steps": 1, "bf16": False}
+    return trainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+        args=config(str(folder), **sizes, **SETTINGS),
+        train_dataset=Dataset.from_dict({"prompt": [text(i) for i in range(8)]}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[MaskCallback()],
+    )
+
+
+def kto_trainer(model, folder):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    rows = {"prompt": [text(i) for i in range(8)], "completion": [" " + text(i + 3) for i in range(8)]}
+    return trl.KTOTrainer(
+        model,
+        args=trl.KTOConfig(str(folder), max_steps=1, bf16=False, **SETTINGS),
+        train_dataset=Dataset.from_dict(rows | {"label": [True, False] * 4}),
+        processing_class=tiny_tokenizer(),
+        callbacks=[MaskCallback()],
+    )
+
+
+WITH_REFERENCE = {
+    "dpo": dpo_trainer,
+    "kto": kto_trainer,
+    "grpo": lambda model, folder: rewarded("GRPO", model, folder),
+    "rloo": lambda model, folder: rewarded("RLOO", model, folder),
+}
+
+
+@pytest.mark.parametrize("make", WITH_REFERENCE.values(), ids=WITH_REFERENCE)
 @pytest.mark.filterwarnings("ignore:the adapter 'default' holds masks without scores")
-def test_the_reference_that_dpo_makes_of_a_trained_mask_is_that_mask(trained, tmp_path):
+def test_the_reference_of_a_trained_mask_is_that_mask(make, trained, tmp_path):
     model = PeftModel.from_pretrained(causal_lm(), trained, is_trainable=True)
     start = logits(model)
-    dpo_trainer(model, tmp_path)
+    trainer = make(model, tmp_path)
+    trainer.optimizer = create_mask_optimizer(trainer.model, mask_lr=0.03)
+    trainer.train()
+    assert not torch.equal(logits(model), start)
     model.set_adapter("ref")
     assert torch.equal(logits(model), start)
+    if make is dpo_trainer:
+        assert logged(trainer, "loss")[0] == pytest.approx(math.log(2))
 
 
 # ---- sentence-transformers ----
@@ -228,8 +266,9 @@ def encoder_trainer(model, folder, **arguments):
     pairs = {"anchor": [text(i) for i in range(8)], "positive": [text(i + 1) for i in range(8)]}
     return SentenceTransformerTrainer(
         model,
-        SentenceTransformerTrainingArguments(str(folder), max_steps=2, **(SETTINGS | arguments)),
+        SentenceTransformerTrainingArguments(str(folder), **(SETTINGS | {"max_steps": 2} | arguments)),
         train_dataset=Dataset.from_dict(pairs),
+        eval_dataset=Dataset.from_dict(pairs),
         loss=MultipleNegativesRankingLoss(model),
         optimizers=(create_mask_optimizer(model), None),
         callbacks=[MaskCallback()],
@@ -260,6 +299,17 @@ def test_a_sentence_transformer_trains_saves_and_loads_a_mask(encoder, tmp_path)
 
     model.save_pretrained(str(tmp_path / "adapter"))
     assert all(name.endswith("peft_mask_bits") for name in load_file(tmp_path / "adapter" / FILE))
+    own_card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+    for _ in range(2):  # the second time changes nothing
+        update_model_card(tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+        examples = card.split("```python\n")[1:]
+        assert len(examples) == 1 + own_card.count("```python\n")
+        assert all(example.startswith("import peft_mask") for example in examples)
+        assert all(example.count("import peft_mask") == 1 for example in examples)
+        assert "library_name: sentence-transformers" in card
+        assert 'SentenceTransformer("this/repository")' in card
+        assert "## A mask" in card
     assert (SentenceTransformer(str(tmp_path / "adapter")).encode(SENTENCES) == trained).all()
     other = SentenceTransformer(encoder)
     other.load_adapter(str(tmp_path / "adapter"))
@@ -280,6 +330,26 @@ def test_a_checkpoint_of_a_sentence_transformer_is_whole_though_its_trainer_does
     trained_on = SentenceTransformer(encoder)
     trained_on.load_adapter(checkpoint, is_trainable=True)
     assert equal(scores(trained_on), scores(model))
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "task"])
+def test_the_best_model_of_a_sentence_transformer_is_loaded_with_all_that_was_trained(encoder, tmp_path, adapter_name):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    base = SentenceTransformer(encoder)
+    SentenceTransformer(modules=[*base, Dense(32, 16)]).save_pretrained(str(tmp_path / "base"))
+    model = SentenceTransformer(str(tmp_path / "base"))
+    model.add_adapter(MaskConfig(task_type="FEATURE_EXTRACTION", target_sparsity=0.05), adapter_name=adapter_name)
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first is the best
+    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = encoder_trainer(model, tmp_path / "run", load_best_model_at_end=True, **best, **steps)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert trainer.state.best_global_step == 2
+    assert len(set(losses.values())) == 3
+    assert trainer.evaluate()["eval_loss"] == losses[2]
+    assert (model.encode(SENTENCES) == SentenceTransformer(str(tmp_path / "run/checkpoint-2")).encode(SENTENCES)).all()
 
 
 # ---- diffusers ----
@@ -365,6 +435,65 @@ def test_a_merged_unet_is_an_ordinary_one(unet, tmp_path):
     merged = PeftModel.from_pretrained(unet(), tmp_path).merge_and_unload()
     assert type(merged) is type(unet())
     assert torch.equal(denoised(merged), trained)
+
+
+def cast(model):
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def offload(model, **settings):
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, **settings)
+
+
+def to_disk(folder):
+    return lambda model: offload(model, offload_type="leaf_level", offload_to_disk_path=str(folder / "groups"))
+
+
+@pytest.fixture
+def unet_mask(unet, tmp_path):
+    model = get_peft_model(unet(), MaskConfig(target_modules=UNET_TARGETS, target_sparsity=0.05, init_weights=False))
+    model.save_pretrained(tmp_path / "mask")
+    return tmp_path / "mask"
+
+
+@pytest.mark.parametrize("masked_first", [False, True])
+@pytest.mark.parametrize("way", ["cast", "leaf_level", "block_level", "disk"])
+@torch.no_grad()
+def test_a_unet_that_is_cast_or_offloaded_computes_under_its_mask(unet, unet_mask, way, masked_first, tmp_path):
+    kinds = {"cast": cast, "disk": to_disk(tmp_path), "leaf_level": lambda m: offload(m, offload_type="leaf_level")}
+    kinds["block_level"] = lambda m: offload(m, offload_type="block_level", num_blocks_per_group=1)
+    expected = denoised(PeftModel.from_pretrained(unet(), unet_mask))
+    base = unet()
+    if masked_first:
+        model = PeftModel.from_pretrained(base, unet_mask)
+        kinds[way](base)
+    else:
+        kinds[way](base)
+        model = PeftModel.from_pretrained(base, unet_mask)
+    got = denoised(model)
+    if way != "cast":
+        assert torch.equal(got, expected)
+    elif not masked_first:
+        assert 0 < (got - expected).abs().max() < 0.1 * (denoised(unet()) - expected).abs().max()
+    if way == "disk":
+        with pytest.raises(ValueError, match="cannot merge, or unmerge: diffusers' group offloading"):
+            model.merge_adapter()
+        assert torch.equal(denoised(model), expected)
+    else:
+        model.merge_adapter()
+        torch.testing.assert_close(denoised(model), got)
+        model.unmerge_adapter()
+        assert torch.equal(denoised(model), got)
+
+
+@torch.no_grad()
+def test_masks_on_disk_are_not_saved_from_a_state_dict_without_values(unet, unet_mask, tmp_path):
+    base = unet()
+    model = PeftModel.from_pretrained(base, unet_mask)
+    to_disk(tmp_path)(base)
+    with pytest.raises(ValueError, match="diffusers' group offloading keeps tensors of it on disk"):
+        model.save_pretrained(tmp_path / "again")
 
 
 # ---- transformers' other trainers ----

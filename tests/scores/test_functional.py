@@ -216,3 +216,16 @@ def test_compiles_without_graph_breaks():
     expected = leaves(scores)[0]
     masked_linear(x, weight, expected, bias).sum().backward()
     torch.testing.assert_close(scores.grad, expected.grad)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_of_a_masked_linear_layer_may_be_changed_in_place(shape, bias):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape), torch.randn(5, 4), torch.randn(5) if bias else None
+    gradients = []
+    for function in (masked_linear, masked_linear_reference):
+        scores = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        function(x, weight, scores, bias).relu_().mul_(2).sum().backward()
+        gradients.append(scores.grad)
+    torch.testing.assert_close(*gradients)

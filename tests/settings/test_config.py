@@ -1,5 +1,8 @@
 """Every field of `MaskConfig` out of range is refused by name."""
 
+import copy
+import dataclasses
+
 import pytest
 from peft import PeftConfig
 
@@ -24,24 +27,28 @@ BERNOULLI = {"binarizer": "bernoulli"}
         ({**PAPER, "init_sparsity": 1.5}, "init_sparsity must be .* less than 1, got 1.5"),
         ({**PAPER, "init_weights": True}, "init_sparsity=0.05 has no meaning with init_weights=True"),
         ({"init_sparsity": 0.05}, "init_sparsity=0.05 has no meaning with binarizer=.topk.* MaskConfig.paper"),
-        ({"init_weights": "uniform"}, "init_weights='uniform' has no meaning with binarizer=.topk"),
+        (
+            {"binarizer": "topk", "init_weights": "uniform"},
+            "init_weights='uniform' has no meaning with binarizer=.topk",
+        ),
+        ({"init_weights": "uniform", "target_sparsity": 0.1}, "target_sparsity=0.1 needs binarizer=.topk"),
         ({**PAPER, "target_sparsity": 0.01}, "target_sparsity=0.01 needs binarizer=.topk"),
         ({**PAPER, "target_bytes": 1000}, "target_bytes=1000 needs binarizer=.topk"),
         ({"target_bytes": True}, "target_bytes must be a positive integer, got True"),
         ({"target_bytes": 1e5}, "target_bytes must be a positive integer, got 100000.0"),
         ({"target_sparsity": 1.0}, "target_sparsity must be .* greater than 0 and less than 1, got 1.0"),
-        ({"target_sparsity": 0.2}, "target_sparsity=0.2 cannot be reached with candidates=0.1"),
+        ({"target_sparsity": 0.2, "candidates": 0.1}, "target_sparsity=0.2 cannot be reached with candidates=0.1"),
         ({"candidates": 1.5}, "candidates must be a finite number greater than 0 and at most 1, got 1.5"),
         ({"candidate_rule": "largest"}, r"candidate_rule must be one of \['magnitude', 'random'\]"),
         ({"scores_dtype": "int8"}, r"scores_dtype must be one of \['float32', 'bfloat16'\]"),
         ({"structure": "rows"}, r"structure must be one of \['weight', 'row', .*\], got 'rows'"),
         (
-            {"structure": "row"},
+            {"structure": "row", "candidates": 0.1},
             "candidates=0.1 are single weights, which structure='row' does not have: set candidates",
         ),
         ({**NM, **ROW}, "binarizer=.n:m. is for structure=.weight., got 'row'"),
         ({**ROW, "target_bytes": 1000}, "target_bytes=1000 is for structure=.weight., got 'row'"),
-        ({**ROW, "structure": "matrix"}, "structure=.matrix. has no meaning with binarizer=.topk"),
+        ({**ROW, "structure": "matrix", "binarizer": "topk"}, "structure=.matrix. has no meaning with binarizer=.topk"),
         ({**ROW, "structure": "head"}, "structure=.head. needs target_modules: name the query, key and value"),
         ({"head": "random"}, r"head must be one of \['trained', 'masked'\], got 'random'"),
         ({**MASKED, "task_type": "TOKEN_CLS"}, "head=.masked. is for task_type=.SEQ_CLS. or none, got 'TOKEN_CLS'"),
@@ -50,8 +57,11 @@ BERNOULLI = {"binarizer": "bernoulli"}
         ({"binarizer": "treshold"}, r"binarizer must be one of \['topk', 'threshold', .*\], got 'treshold'"),
         ({"init_weights": "unifrom"}, r"init_weights must be one of \['uniform', .*\], True or False, got 'unifrom'"),
         ({"init_weights": 1}, "init_weights must be one of"),
-        ({"pattern": "2:4"}, "pattern='2:4' needs binarizer=.n:m., got 'topk'"),
-        ({"binarizer": "n:m"}, "candidates=0.1 has no meaning with binarizer=.n:m.*set candidates=None"),
+        ({"pattern": "2:4", "binarizer": "topk"}, "pattern='2:4' needs binarizer=.n:m., got 'topk'"),
+        (
+            {"binarizer": "n:m", "candidates": 0.1},
+            "candidates=0.1 has no meaning with binarizer=.n:m.*set candidates=None",
+        ),
         ({**NM, "pattern": "4:2"}, "pattern must be .N:M. with 0 < N < M <= 32, got '4:2'"),
         ({**NM, "pattern": "2:64"}, "pattern must be .N:M. with 0 < N < M <= 32, got '2:64'"),
         ({**NM, "pattern": [2, 4]}, "pattern must be .N:M. with 0 < N < M <= 32, got"),
@@ -78,7 +88,10 @@ BERNOULLI = {"binarizer": "bernoulli"}
         ({"exclude_modules": [""]}, "exclude_modules must be a string, a list of names or None"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names or None, got 'classifier'"),
         ({"modules_to_save": [""]}, "modules_to_save must be a list of names or None"),
-        ({"layers_to_transform": "0"}, "layers_to_transform must be a list of integers, got '0'"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be a list of integers from 0 on, got '0'"),
+        ({"layers_to_transform": -1}, "layers_to_transform must be a list of integers from 0 on"),
+        ({"layers_to_transform": []}, "layers_to_transform names no block"),
+        ({"target_modules": []}, "target_modules names nothing to mask"),
         ({"layers_to_transform": [10**30]}, "layers_to_transform must be a list of integers"),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices must be a list of integers from 0 on"),
         ({"trainable_token_indices": {"wte": "3"}}, "trainable_token_indices must be a list of integers from 0 on"),
@@ -93,6 +106,47 @@ BERNOULLI = {"binarizer": "bernoulli"}
 def test_a_field_out_of_range_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         MaskConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "binarizer", "candidates"),
+    [
+        ({}, "topk", 0.1),
+        ({"structure": "row"}, "topk", None),
+        ({"structure": "head", "target_modules": ["q"]}, "topk", None),
+        ({"structure": "matrix"}, "threshold", None),
+        ({"init_weights": "uniform"}, "threshold", 0.1),
+        ({"init_weights": "magnitude", "init_sparsity": 0.1}, "threshold", 0.1),
+        ({"init_weights": "uniform", "binarizer": "sign"}, "sign", 0.1),
+        ({"binarizer": "n:m"}, "n:m", None),
+        ({"pattern": "1:4"}, "n:m", None),
+        ({"target_sparsity": 0.1}, "topk", 0.1),
+        ({"target_sparsity": 0.2}, "topk", None),
+        ({"target_bytes": 1000}, "topk", 0.1),
+        ({"structure": "row", "init_weights": "uniform"}, "threshold", None),
+    ],
+)
+def test_a_choice_brings_along_what_it_needs(given, binarizer, candidates, tmp_path):
+    config = MaskConfig(**given)
+    assert (config.binarizer, config.candidates) == (binarizer, candidates)
+    assert config.to_dict() == MaskConfig(**{**given, "binarizer": binarizer, "candidates": candidates}).to_dict()
+    for same in (copy.copy(config), copy.deepcopy(config), dataclasses.replace(config), MaskConfig(**config.to_dict())):
+        assert same.to_dict() == config.to_dict()
+    config.save_pretrained(str(tmp_path))
+    assert "auto" not in (tmp_path / "adapter_config.json").read_text().replace("auto_mapping", "")
+    assert PeftConfig.from_pretrained(str(tmp_path)).to_dict() == config.to_dict()
+
+
+def test_a_file_without_these_fields_means_what_it_did(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PEFT_MASK", "target_modules": ["q"]}')
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.binarizer, config.candidates, config.target_sparsity) == ("topk", 0.1, 0.005)
+
+
+@pytest.mark.parametrize("blocks", [range(2, 5), (2, 3, 4), {2, 3, 4}])
+def test_blocks_of_any_kind_can_be_saved(blocks, tmp_path):
+    MaskConfig(layers_to_transform=blocks).save_pretrained(str(tmp_path))
+    assert PeftConfig.from_pretrained(str(tmp_path)).layers_to_transform == [2, 3, 4]
 
 
 def test_lists_of_modules_become_sets_as_in_lora():

@@ -75,8 +75,8 @@ def run(data: Path, model: Path, results: Path, *more: str) -> None:
     command.main([str(option) for option in ["run", "--tasks", "trec", "ud_ewt_pos", *options]])
 
 
-def results_in(folder: Path) -> dict[str, Any]:
-    return {path.name: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*/*.json"))}
+def results_in(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    return runs.runs_in(folder).read()
 
 
 def test_one_command_runs_every_method_and_makes_the_report(
@@ -84,6 +84,7 @@ def test_one_command_runs_every_method_and_makes_the_report(
 ) -> None:
     results = tmp_path / "results"
     run(data, model, results, "--seeds", "0", "1")
+    assert (results / "runs.jsonl").read_bytes().count(b"\n") == len(results_in(results)), "one row a training"
     rows = report.rows_of(report.read_results(results))
     assert [(row.task, row.method) for row in rows] == [(t, m) for t in ("trec", "ud_ewt_pos") for m in METHODS]
     assert all(len(row.tries) == len(METHODS[row.method].lrs) for row in rows)
@@ -91,7 +92,7 @@ def test_one_command_runs_every_method_and_makes_the_report(
     assert not list(results.rglob("*.safetensors")), "trained parameters are left behind"
     page = (results / "README.md").read_text("utf-8")
     assert all(f"| {method} |" in page for method in METHODS)
-    assert str(tmp_path) not in page + "".join(map(json.dumps, results_in(results).values()))
+    assert str(tmp_path) not in page + (results / "runs.jsonl").read_text("utf-8")
     assert {mean["method"] for mean in json.loads((results / "summary.json").read_text())["means"]} == set(METHODS)
     assert (results / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "| mask | 2 |" in capsys.readouterr().out
@@ -136,6 +137,27 @@ def test_a_run_cut_off_is_taken_up_where_it_stopped(
     assert len(results_in(tmp_path)) == 3
 
 
+def test_a_run_whose_parameters_are_gone_before_its_test_is_trained_again(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> float:
+        raise KeyboardInterrupt
+
+    search = (TASKS["trec"], METHODS["mask"], [0], setting, tmp_path, STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "score_test", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.search(*search)
+    (before,) = results_in(tmp_path).values()
+    (state,) = tmp_path.rglob("*.safetensors")
+    state.unlink()
+    runs.search(*search)
+    (after,) = results_in(tmp_path).values()
+    assert after.keys() - before.keys() == {"test"}
+    assert after["loss"] == before["loss"]
+    assert after["seconds"] != before["seconds"], "the row of the second training"
+
+
 @pytest.mark.parametrize("name", ["mask", "lora-r1", "probe"])
 def test_search_never_reads_test(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     read: list[str] = []
@@ -165,9 +187,8 @@ def test_search_chooses_the_rate_best_on_dev_and_the_smaller_of_equals(
     train = training.train
     monkeypatch.setattr(training, "train", lambda *a: {**train(*a), "dev": dev[a[2]]})
     runs.search(TASKS["trec"], METHODS["lora-r8"], [0], setting, tmp_path, STEPS)
-    assert [name for name, result in results_in(tmp_path).items() if "test" in result] == [
-        f"lora-r8-0.003-0-{STEPS}.json"
-    ]
+    scored = [key for key, result in results_in(tmp_path).items() if "test" in result]
+    assert scored == [("trec", "lora-r8", 3e-3, 0, STEPS)]
 
 
 def test_test_is_scored_with_the_parameters_of_the_run(setting: Setting, tmp_path: Path) -> None:
@@ -285,15 +306,16 @@ def test_a_long_training_is_followed_along_the_way(
     monkeypatch.setattr(long, "MARKS", (1, 3, 5))
     options = ["--data", setting.data, "--model", setting.model, "--results", tmp_path / "long", "--steps", STEPS]
     long.main([str(option) for option in [*options, "--batch_size", 8]])
-    (file,) = (tmp_path / "long").iterdir()
-    result = json.loads(file.read_text("utf-8"))
-    assert file.name == "trec-mask-0.0005-8x3.json"
+    ((key, result),) = long.runs_in(tmp_path / "long").read().items()
+    assert key == ("trec", "mask", 5e-4, 8, STEPS)
     small = training.train(TASKS["trec"], METHODS["mask"], 5e-4, 0, STEPS, replace(setting, batch_size=8))
     assert result["loss"] == small["loss"]
     assert result["batch_size"] == 8
     assert list(result["along"]) == ["1", "3"]
     assert result["along"]["3"] == result["dev"], "scoring on the way changes nothing"
-    assert f"| {100 * result['dev']:.1f} |" in capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"| {100 * result['dev']:.1f} |" in line
+    assert line in (tmp_path / "long/README.md").read_text("utf-8")
 
 
 def test_scoring_on_the_way_does_not_end_the_training_mode(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +349,8 @@ def test_an_encoder_without_a_pooled_class_is_refused(tmp_path: Path) -> None:
 
 def test_a_result_made_with_other_settings_is_refused(setting: Setting, tmp_path: Path) -> None:
     runs.search(TASKS["trec"], METHODS["probe"], [0], setting, tmp_path, STEPS)
-    with pytest.raises(ValueError, match=r"probe-0.001-0-3.json' of trec was made with the settings .* Delete it"):
+    row = "the row task=trec, method=probe, lr=0.001, seed=0, steps=3 of '.*runs.jsonl'"
+    with pytest.raises(ValueError, match=row + r" was made with the settings .* Delete that row"):
         runs.search(TASKS["trec"], METHODS["probe"], [0], replace(setting, batch_size=8), tmp_path, STEPS)
 
 

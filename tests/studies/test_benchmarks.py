@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import codec, large, llama, memory, rules, step, switch
-from benchmarks.harness import Times, in_turn, peak_bytes, report, table
+from benchmarks.accuracy.runs import runs_in
+from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
 from tests.versions import RUNS_ON_META
@@ -50,6 +51,18 @@ def test_a_report_is_filed_with_its_environment(tmp_path, capsys):
     text = (tmp_path / "name.md").read_text()
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text
     assert text in capsys.readouterr().out
+
+
+def test_the_environment_of_several_trainings_has_all_that_differed():
+    one = {"cores": 2, "versions": {"torch": "2.6", "peft": "0.21"}, "commit": "b"}
+    other = one | {"versions": {"torch": "2.13", "peft": "0.21"}, "commit": "a", "gpu": "H"}
+    assert together([one]) == one
+    assert together([one, other, one]) == {
+        "cores": 2,
+        "versions": {"torch": "2.13, 2.6", "peft": "0.21"},
+        "commit": "a, b",
+        "gpu": "H",
+    }
 
 
 def test_the_official_way_computes_what_the_mask_computes():
@@ -265,11 +278,11 @@ def test_the_estimator_of_the_sigmoid_scales_the_gradient_of_the_identity():
 
 
 def test_the_table_of_rules_says_which_rate_was_tested(tmp_path):
-    (tmp_path / "trec").mkdir()
-    result = {"task": "trec", "method": "row", "lr": 5e-4, "dev": 0.9, "sparsity": 0.005, "bits_per_weight": 0.01}
+    result = {"task": "trec", "method": "row", "seed": 0, "steps": 150, "dev": 0.9}
     for lr, more in ((5e-4, {"test": 0.95}), (1e-3, {})):
-        (tmp_path / f"trec/row-{lr}-0-150.json").write_text(json.dumps(result | {"lr": lr} | more))
-    assert rules.figures(tmp_path).splitlines()[2:] == [
+        runs_in(tmp_path).add(result | {"lr": lr, "sparsity": 0.005, "bits_per_weight": 0.01} | more)
+    rules.main(["--results", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text("utf-8").splitlines()[-2:] == [
         "| trec | row | 0.0005 | 90.00 | 95.00 | 0.50 % | 0.010 |",
         "| trec | row | 0.001 | 90.00 |  | 0.50 % | 0.010 |",
     ]

@@ -80,6 +80,13 @@ def test_scripts_learn_from_local_files_and_the_head_travels(
     assert (tmp_path / "labels.json").exists() == bool(labels)
 
 
+def test_the_tags_are_in_the_column_that_is_asked_for(tiny_bert, tmp_path):
+    (tmp_path / "eng.txt").write_text("-DOCSTART- -X- -X- O\n\n" + "EU NNP B-NP B-ORG\nran VBZ B-VP O\n\n" * 10)
+    arguments = ["--train_file", str(tmp_path / "eng.txt"), "--label_column_name", "2"]
+    assert run(token_classification, tiny_bert, tmp_path, *arguments).keys() == {"accuracy", "mask_bytes", "head_bytes"}
+    assert json.loads((tmp_path / "labels.json").read_text("utf-8")) == ["NNP", "VBZ"]
+
+
 def test_the_head_of_a_multiple_choice_model_is_saved_without_being_named(tiny_bert, tmp_path):
     base = AutoModelForMultipleChoice.from_pretrained(tiny_bert)
     model = get_peft_model(base, MaskConfig())
@@ -102,14 +109,6 @@ def test_tags_are_scored_as_words_and_as_spans():
     metrics = token_classification.metrics_of(["B-a", "I-a", "O"])
     assert metrics(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4, "f1": 2 / 3}
     assert token_classification.metrics_of(["DT", "NN", "B-"])(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4}
-
-
-def test_columns_of_conll_are_words_and_tags(tmp_path):
-    (tmp_path / "a.conll").write_text("a\tX\nb\tY\n\nc\tX\n", encoding="utf-8")
-    assert shared.load_file("train_file", str(tmp_path / "a.conll"))[:] == {
-        "tokens": [["a", "b"], ["c"]],
-        "tags": [["X", "Y"], ["X"]],
-    }
 
 
 def test_every_choice_is_read_beside_what_all_have_in_common():
@@ -171,6 +170,26 @@ def test_answers_come_back_from_the_logits_of_the_right_tokens(tiny_bert, strict
     assert (answers[2] == "") == strict
 
 
+def test_the_files_of_squad_have_a_row_a_question():
+    def paragraph(*rows):
+        asked = [
+            {
+                "question": row["question"],
+                "answers": [
+                    {"text": text, "answer_start": start}
+                    for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+                ],
+            }
+            for row in rows
+        ]
+        return {"context": CONTEXT, "qas": asked}
+
+    articles = [{"paragraphs": [paragraph(*QUESTIONS[:2]), paragraph(QUESTIONS[2])]}, {"paragraphs": []}]
+    assert question_answering.flat(Dataset.from_list(articles)).to_list() == QUESTIONS
+    rows = Dataset.from_list(QUESTIONS)
+    assert question_answering.flat(rows) is rows
+
+
 def test_a_span_is_in_the_context_not_too_long_and_the_right_way_round():
     starts, ends = np.zeros(8), np.zeros(8)
     starts[[1, 5]], ends[[2, 4, 6]] = [9, 3], [9, 2, 1]
@@ -195,9 +214,49 @@ def test_squad_scores_words_without_articles_and_takes_the_best_answer():
         ),
         (question_answering, [{"question": "a", "answers": {"text": [], "answer_start": []}}], r"\['context'\]"),
         (token_classification, [{"text": ["a"], "tags": ["X"]}], r"name the column with --text_column_name"),
+        (
+            token_classification,
+            [{"tokens": ["a", "b"], "tags": ["X"]}],
+            r"train_file.jsonl: row 1: expected a tag for each word, found 2 words and 1 tags",
+        ),
+        (token_classification, [{"tokens": ["a", ""], "tags": ["X", "Y"]}], "row 1: a word or a tag is empty"),
+        (
+            token_classification,
+            [{"tokens": "a b", "tags": "X Y"}],
+            "column 'tokens' holds string; expected a list in ea",
+        ),
+        (token_classification, [{"tokens": ["a", "b"], "tags": ["O", "O"]}], "column 'tags' holds 'O' alone"),
+        (
+            multiple_choice,
+            [{"context": "a", "choices": ["b"], "label": 0}],
+            "row 1: expected two choices or more, as ma",
+        ),
+        (multiple_choice, [*CHOICES, CHOICES[0] | {"choices": ["b", "c"]}], r"as many as in row 1 \(3\), found 2"),
+        (multiple_choice, [CHOICES[0] | {"label": None}], "row 1: column 'label' is empty"),
+        (multiple_choice, [CHOICES[0] | {"choices": [1, 2]}], "row 1: expected texts, found"),
+        *[
+            (
+                question_answering,
+                [QUESTIONS[0] | {"answers": answers}],
+                "row 1: column 'answers': expected an object with the lists 'text', of texts, and 'answer_start'",
+            )
+            for answers in (
+                "a cat",
+                [{"text": "a cat", "answer_start": 0}],
+                {"text": ["a cat"], "answer_start": []},
+                {"text": ["a cat"], "answer_start": ["0"]},
+                {"text": "a cat", "answer_start": 0},
+            )
+        ],
+        (
+            question_answering,
+            [QUESTIONS[0] | {"answers": {"text": ["a cat"], "answer_start": [1]}}],
+            "at character 1 of the context expected 'a cat', found ' cat '",
+        ),
+        (question_answering, [{"paragraphs": [{"context": "a"}]}], "expected paragraphs as in SQuAD, .*'qas'"),
     ],
 )
-def test_scripts_name_the_column_that_is_missing(tiny_bert, tmp_path, script, rows, message):
+def test_scripts_name_the_column_or_row_that_is_wrong(tiny_bert, tmp_path, script, rows, message):
     with pytest.raises(SystemExit, match=message):
         run(script, tiny_bert, tmp_path, train_file=rows * 10, test_file=rows)
 
@@ -236,7 +295,7 @@ def test_what_the_readme_shows_loads_and_predicts(tiny_bert, tmp_path, monkeypat
     for name, (auto, task_type, labels) in heads.items():
         base = auto.from_pretrained(tiny_bert, **({"num_labels": 3} if labels else {}))
         get_peft_model(base, MaskConfig(task_type=task_type)).save_pretrained(tmp_path / name)
-        (tmp_path / name / "labels.json").write_text(json.dumps(labels))
+        (tmp_path / name / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     text = Path(shared.__file__).with_name("README.md").read_text("utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     monkeypatch.chdir(tmp_path)

@@ -3,10 +3,11 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -34,7 +35,7 @@ def write_csv(file: Path, rows: list[dict[str, str]]) -> str:
     return str(file)
 
 
-def write_jsonl(file: Path, rows: list[dict[str, str]]) -> str:
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> str:
     file.write_text("\n".join(json.dumps(row) for row in rows))
     return str(file)
 
@@ -84,6 +85,10 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
     [
         ([], r"give either --dataset_name .* or --train_file"),
         (["--dataset_name", "a/b", "--train_file", "x.csv"], r"give either --dataset_name .* or --train_file"),
+        (
+            ["--dataset_name", "a/b", "--test_file", "x.csv"],
+            r"--test_file go with --train_file, not with --dataset_name",
+        ),
         (["--train_file", "gone.csv"], r"--train_file gone.csv: there is no such file"),
         (["--train_file", "table.xlsx"], r"--train_file table.xlsx: expected a file that ends in one of .csv"),
         (
@@ -100,7 +105,22 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
         (["--train_file", "TRAIN", "--test_file", "NEW_LABEL"], r"label 'fish' does not occur in the training data"),
         (["--train_file", "TRAIN", "--validation_file", "NO_LABEL"], r"there is no column \['label'\]"),
         (["--train_file", "TRAIN", "--target_bytes", "10"], r"target_bytes=10 is out of reach: .* take from \d+ bytes"),
-        (["--train_file", "NUMBERS"], r"'label' holds float64 numbers; classification needs classes"),
+        (
+            ["--train_file", "NUMBERS"],
+            r"column 'label' holds numbers such as 0.5, as for regression, which is not suppor",
+        ),
+        (["--train_file", "ONE_CLASS"], r"ONE_CLASS.csv: column 'label' holds 'pet' alone; .* two classes or more"),
+        (["--train_file", "THREE_ROWS"], r"THREE_ROWS.csv: 3 rows are too few to hold a tenth out .* or a --test_file"),
+        (
+            ["--train_file", "EMPTY_CELL"],
+            r"EMPTY_CELL.csv: row 25: column 'text' is empty; fill it in or leave the row o",
+        ),
+        (
+            ["--train_file", "TRAIN", "--test_file", "EMPTY_CELL"],
+            r"--test_file .*EMPTY_CELL.csv: row 25: column 'text'",
+        ),
+        (["--train_file", "TRAIN", "--test_file", "NO_LABEL"], r"--test_file .*: there is no column \['label'\]"),
+        (["--train_file", "LABEL_LISTS"], r"column 'label' holds lists; expected one label a row"),
     ],
 )
 def test_script_says_what_is_wrong_with_the_input(tiny_bert, tmp_path, arguments, message):
@@ -110,16 +130,14 @@ def test_script_says_what_is_wrong_with_the_input(tiny_bert, tmp_path, arguments
         "NO_TEXT": [{"words": "cat", "label": "pet"}],
         "NEW_LABEL": [{"text": "cod", "label": "fish"}],
         "NUMBERS": [{"text": "cat", "label": "0.5"}],
+        "ONE_CLASS": [row for row in ROWS if row["label"] == "pet"],
+        "THREE_ROWS": ROWS[:3],
+        "EMPTY_CELL": [*ROWS, {"text": "", "label": "pet"}],
     }
     paths = {name: write_csv(tmp_path / f"{name}.csv", rows) for name, rows in files.items()}
+    paths["LABEL_LISTS"] = write_jsonl(tmp_path / "lists.jsonl", [{"text": "cat", "label": ["pet"]}])
     with pytest.raises(SystemExit, match=message):
         run_script(tiny_bert, tmp_path / "out", *(paths.get(argument, argument) for argument in arguments))
-
-
-def test_class_labels_keep_their_own_order():
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["tree", "pet"])})
-    train = Dataset.from_dict({"text": ["oak", "cat"], "label": [0, 1]}, features=features)
-    assert script.label_names(train.features["label"], {0, 1}, "label") == ["tree", "pet"]
 
 
 def test_hidden_test_labels_are_not_scored():
@@ -127,6 +145,11 @@ def test_hidden_test_labels_are_not_scored():
     known = Dataset.from_dict({"text": ["cat"], "label": [0]})
     splits = {"train": known, "validation": known, "test": hidden}
     assert script.choose_test_split(splits, "label", seed=0) == "validation"
+
+
+def test_a_model_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: --model_name_or_path \./gone: "):
+        run_script("./gone", tmp_path / "out", "--train_file", write_csv(tmp_path / "train.csv", ROWS))
 
 
 @pytest.fixture
@@ -229,12 +252,6 @@ def test_task_scores_only_the_labelled_pieces():
 def test_last_pieces_carry_the_tags():
     assert label_last_pieces([None, 0, 0, 1, None], [7, 8]) == [IGNORED, IGNORED, 7, 8, IGNORED]
     assert label_last_pieces([None, 0, 0], [7, 8]) == [IGNORED, IGNORED, 7]  # the second word was cut off
-
-
-def test_columns_are_read_as_they_stand(tmp_path):
-    file = tmp_path / "rows.conll"
-    file.write_text("\n\na b\tNN\tNOUN\nc\u2028d\tX\n\n \n\ne\tX", encoding="utf-8")
-    assert read_columns(file) == [[("a b", "NOUN"), ("c\u2028d", "X")], [("e", "X")]]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks.accuracy import training
+from benchmarks.accuracy.runs import runs_in
 from benchmarks.accuracy.tasks import TASKS
 from peft_mask.analysis import block, dissimilarity, effective_weights, masks_of
 from reproduction import __main__ as command
@@ -67,6 +68,9 @@ def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path,
     study(data, model, results)
     assert capsys.readouterr().out == ""
     assert written == {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+
+    trainings = runs_in(results / "trainings")
+    assert list(map(json.loads, trainings.path.read_bytes().splitlines())) == list(trainings.read().values())
 
     found = {name: json.loads((results / f"{name}.json").read_text("utf-8")) for name in names}
     assert [row["tasks"] for row in found["storage"]["rows"]] == list(range(1, 12))
@@ -302,7 +306,7 @@ def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretr
 def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, model, tmp_path):  # noqa: F811
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     assert models.chosen_rate("custrev", "mask") == 5e-4
-    assert not list(tmp_path.glob("*/*.json"))
+    assert not (tmp_path / "runs.jsonl").exists()
     chosen = models.chosen_rate("custrev", "full")
     tries = {lr: models.run("custrev", "full", 0, lr).read()["dev"] for lr in (1e-4, 3e-4, 1e-3)}
     assert tries[chosen] == max(tries.values())

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import decoder
+from benchmarks import decoder, harness
 from examples import causal_lm, smollm2
 from peft_mask import Masks
 from tests.processes import launch
@@ -105,6 +106,9 @@ def test_what_is_printed_is_the_perplexity_of_what_is_saved(tiny_llama, tmp_path
             losses[name] = model(input_ids=blocks, labels=blocks).loss
         assert figures[name]["pets"] == pytest.approx(losses[name].exp().item(), rel=1e-5)
     assert losses["pets"] != losses["__base__"]
+    card = ModelCard.load(tmp_path / "out" / "pets" / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [figures["pets"]["pets"]]
+    assert f"python -m examples.causal_lm --model_name_or_path {tiny_llama}" in card.text
 
 
 def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
@@ -131,6 +135,8 @@ def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
         (["--train_files", "TEXTS", "--text_column", "body"], r"there is no column 'body', the file has \['text'\]"),
         (["--train_files", "NUMBERS"], r"column 'text' holds int64, not texts; see --text_column"),
         (["--train_files", "LISTS"], r"column 'text' holds lists, not texts; see --text_column"),
+        (["--train_files", "BLANK"], r"blank.jsonl: column 'text' is empty in every row; expected texts"),
+        (["--train_files", "ONE"], r"one.jsonl: one text cannot be both learned and held out; .* --test_files"),
         (
             ["--train_files", "TEXTS", "--block_size", "4096"],
             r"\d+ tokens, less than one block: lower --block_size 4096",
@@ -140,7 +146,7 @@ def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
     ],
 )
 def test_wrong_input_is_named(tiny_llama, tmp_path, arguments, message):
-    files = {"TEXTS": PETS, "NUMBERS": [1, 2], "LISTS": [["a"], ["b"]]}
+    files = {"TEXTS": PETS, "NUMBERS": [1, 2], "LISTS": [["a"], ["b"]], "BLANK": ["", ""], "ONE": ["a"]}
     paths = {name: write(tmp_path / f"{name.lower()}.jsonl", texts) for name, texts in files.items()}
     with pytest.raises(SystemExit, match=message):
         run_causal_lm(tiny_llama, tmp_path / "out", *(paths.get(argument, argument) for argument in arguments))
@@ -178,10 +184,10 @@ def test_the_decoder_benchmark_scores_test_at_the_rate_dev_chooses_and_runs_once
 
     results = {row["method"]: row for row in json.loads((tmp_path / "results/decoder.json").read_text())["figures"]}
     assert list(results) == ["base model", *decoder.METHODS]
-    files = [json.loads(file.read_text()) for file in (tmp_path / "results/decoder/pets").iterdir()]
-    assert len(files) == 1 + sum(len(method.rates) for method in decoder.METHODS.values())
+    runs = decoder.runs_in(tmp_path / "results").read()
+    assert len(runs) == 1 + sum(len(method.rates) for method in decoder.METHODS.values())
     for name, method in decoder.METHODS.items():
-        tries = {run["rate"]: run["dev"] for run in files if run["method"] == name}
+        tries = {run["rate"]: run["dev"] for run in runs.values() if run["method"] == name}
         assert tries[results[name]["rate"]] == min(tries.values())
         assert set(tries) == set(method.rates)
         assert results[name]["test"] > 0
@@ -189,8 +195,12 @@ def test_the_decoder_benchmark_scores_test_at_the_rate_dev_chooses_and_runs_once
     assert results["mask, growing"]["sparsity"] == results["mask"]["sparsity"]
     assert results["full fine-tuning"]["dev"] < results["base model"]["dev"]
 
-    monkeypatch.setattr(decoder, "train", None)  # a second call trains nothing
+    page = (tmp_path / "results/decoder.md").read_text()
+    monkeypatch.setattr(decoder, "train", None)  # a second call trains nothing, and for the page rows are enough
     decoder.main(arguments)
+    (tmp_path / "results/decoder.md").unlink()
+    decoder.main(["report", "--results", str(tmp_path / "results")])
+    assert (tmp_path / "results/decoder.md").read_text() == page
 
     monkeypatch.undo()
     monkeypatch.setattr(decoder, "BLOCK_SIZE", 16)
@@ -199,13 +209,38 @@ def test_the_decoder_benchmark_scores_test_at_the_rate_dev_chooses_and_runs_once
         row["method"]: row for row in json.loads((tmp_path / "results/decoder-float32.json").read_text())["figures"]
     }
     assert {name: result["rate"] for name, result in exact.items()} == {"base model": 0, "mask": 5e-4, "LoRA r=8": 3e-3}
-    files = sorted(file.name for file in (tmp_path / "results/decoder/pets").glob("*-float32.json"))
-    assert files == [
-        f"{name}-3x2-float32.json" for name in ("base-model-0", "lora-r-8-0.003", "mask-0.0005")
-    ]  # and no other rate
+    rates = [("LoRA r=8", 3e-3), ("base model", 0), ("mask", 5e-4)]  # and no other
+    assert [key for key in decoder.runs_in(tmp_path / "results").read() if key not in runs] == [
+        ("pets", "float32", 3, 2, *pair) for pair in rates
+    ]
+    assert results == {  # those in bfloat16 are as they were
+        row["method"]: row for row in json.loads((tmp_path / "results/decoder.json").read_text())["figures"]
+    }
     rough = results["base model"]["dev"]
     assert exact["base model"]["dev"] != rough
     assert exact["base model"]["dev"] == pytest.approx(rough, rel=1e-2)
+
+
+def test_the_decoder_benchmark_asks_for_model_and_data(tmp_path, capsys):
+    for given in ([], ["--model", "m"], ["--data", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            decoder.main(given)
+        assert "--model and --data are needed: the folders of the decoder and of the texts" in capsys.readouterr().err
+
+
+def test_the_page_of_the_decoder_has_a_table_for_each_setting(tmp_path, capsys):
+    run = {"dtype": "float32", "batch_size": 2, "method": "mask", "rate": 5e-4, "dev": 1.0, "test": 2.0}
+    for data, steps in (("pets", 10), ("pets", 20), ("trees", 10)):
+        decoder.runs_in(tmp_path).add(run | {"data": data, "steps": steps, "environment": harness.environment()})
+    decoder.write_pages(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.md")] == ["decoder-float32.md"]
+    page = (tmp_path / "decoder-float32.md").read_text()
+    assert page.count("| mask | 2.72 | 7.39 | 0 |  | 0.0005: 2.72 |") == 3
+    assert [line[:14] for line in page.splitlines() if " steps of " in line] == [
+        "pets, 10 steps",
+        "pets, 20 steps",
+        "trees, 10 step",
+    ]
 
 
 def test_the_decoder_benchmark_refuses_rates_that_no_method_tries(tmp_path, capsys):

@@ -1,0 +1,27 @@
+"""Every row of the table ends as it says, with LoRA and with a mask, and the page is of the table as it is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.situations.methods import METHODS
+from tests.situations.rows import SITUATIONS
+from tests.situations.table import page
+
+ROWS = [pytest.param(row, id=row.do.__name__, marks=[pytest.mark.slow] if row.slow else []) for row in SITUATIONS]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_situation_ends_as_the_table_says(row, method):
+    outcome, message = row.tried(method)
+    assert outcome == getattr(row, method), message
+    if method == "mask" and outcome == "refused":
+        assert row.refusal
+        assert re.search(row.refusal, message)
+
+
+def test_the_page_is_of_the_table_as_it_is():
+    written = (Path(__file__).parents[2] / "docs" / "situations.md").read_text("utf-8")
+    assert written == page(), "write it again: python -m tests.situations"
