@@ -124,7 +124,8 @@ class MaskLayer(MergingLayer):
 
     def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
         """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
-        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape)
+        device = self.peft_mask_scores[adapter_name].device
+        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape, device)
         self._resting.let_go(adapter_name)
 
     def rest(self, adapter_name: str, zeros: int | None, warning: str | None = None) -> None:
@@ -141,7 +142,13 @@ class MaskLayer(MergingLayer):
 
     def has_budget(self, adapter_name: str) -> bool:
         """Return whether the number of weights that an adapter switches off is given."""
-        return adapter_name in self._rules and self._rules[adapter_name].zeros is not None
+        return adapter_name in self._rules and self._rules[adapter_name].budget is not None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # what `to`, `cuda` and the like come down to
+        for adapter_name, scores in self.peft_mask_scores.items():
+            self._rules[adapter_name] = self.rule(adapter_name).to(scores.device)
+        return self
 
     def positions(self, adapter_name: str) -> torch.Tensor | None:
         """Return the positions of the weights that have a score in an adapter, or None if all have."""

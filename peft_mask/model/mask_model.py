@@ -23,6 +23,7 @@ from peft_mask.model.mixed import copies_in_generation, rows_of
 from peft_mask.model.names import compiled_in_place, named_as_in, plain_name
 from peft_mask.model.native import make_room, record_sizes
 from peft_mask.model.reference import copy_beside, fill_reference, is_reference, masks_to_refer_to, reference_config
+from peft_mask.model.replicas import spare_replicas
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
 from peft_mask.model.state import records_of_adapter, state_from_records
 from peft_mask.model.targets import checked_shapes, resolve_targets
@@ -132,6 +133,7 @@ class MaskModel(MergedAdapters, ScoredAdapters):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         compiled_in_place(model)  # what was compiled since the last adapter
+        spare_replicas(model)
         if not is_reference(adapter_name, self.peft_config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             make_room(model, adapter_name, self.peft_config[adapter_name])

@@ -48,11 +48,11 @@ def checked_scores(
     sparsity = config.target_sparsity
     if sparsity is not None and config.target_bytes is not None:  # a promise in bytes may have moved it since
         sparsity = max(sparsity, off / max(shape.numel(), 1))
-    rule = layer.rule(adapter_name).with_sparsity(sparsity, shape)
+    rule = layer.rule(adapter_name).with_sparsity(sparsity, shape, value.device)
     fits = _are_scores(value, parameter)
-    if fits and not torch.equal(rule.packed_mask(value, shape, positions), bits):
+    if fits and not torch.equal(rule.packed_mask(value, shape, positions).cpu(), bits):
         zeros = off
-        fits = torch.equal(rule.packed_mask(value, shape, positions, most=zeros), bits)
+        fits = torch.equal(rule.packed_mask(value, shape, positions, most=zeros).cpu(), bits)
     if not fits:
         raise ValueError(
             f"cannot load the scores of '{name}': they do not belong to the mask beside them. The checkpoint is "

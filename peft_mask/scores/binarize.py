@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from peft_mask.scores.order import lowest
+from peft_mask.scores.order import lowest, lowest_among
 from peft_mask.tensors.noise import uniform_like
 
 # The largest negative number of a dtype that no processor setting turns into zero. Where subnormal numbers are flushed,
@@ -45,7 +45,7 @@ def binarize_threshold(scores: torch.Tensor) -> torch.Tensor:
     return scores > threshold_of(scores.dtype)
 
 
-def binarize_topk(scores: torch.Tensor, zeros: int) -> torch.Tensor:
+def binarize_topk(scores: torch.Tensor, zeros: int | torch.Tensor, most: int = 0) -> torch.Tensor:
     """Switch off the `zeros` weights of lowest score, if it is below the threshold: `mask = rank(scores) >= zeros`.
 
     The mask depends on the order of the scores alone: multiplying them all by a positive number, as another learning
@@ -53,7 +53,9 @@ def binarize_topk(scores: torch.Tensor, zeros: int) -> torch.Tensor:
 
     Args:
         scores: real-valued tensor of any shape and floating dtype.
-        zeros: how many weights are off, at most; fewer are if fewer scores are below zero.
+        zeros: how many weights are off, at most; fewer are if fewer scores are below zero. In a tensor without
+            dimensions, on the device of the scores, `torch.compile` compiles for all numbers up to `most` at once.
+        most: what such a tensor may hold at most.
 
     Returns:
         Boolean tensor of the same shape, True where the weight is kept. The count is exact, also with tied scores: of
@@ -64,7 +66,10 @@ def binarize_topk(scores: torch.Tensor, zeros: int) -> torch.Tensor:
     >>> binarize_topk(torch.tensor([-1.0, 2.0, -3.0, -1.0]), 2)
     tensor([False,  True, False,  True])
     """
-    return ~lowest(scores, zeros, below=threshold_of(scores.dtype))
+    below = threshold_of(scores.dtype)
+    if isinstance(zeros, torch.Tensor):
+        return ~lowest_among(scores, zeros, most, below)
+    return ~lowest(scores, zeros, below)
 
 
 def binarize_groups(scores: torch.Tensor, kept: int, size: int, dimension: int = -1) -> torch.Tensor:

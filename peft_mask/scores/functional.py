@@ -191,6 +191,7 @@ class _MaskedLinear(torch.autograd.Function):
             # Under autocast the product ran in the dtype of `grad`, and so does its backward.
             masked = _masked(weight, scores, mask, positions).to(grad.dtype)
             grad_x = (grad @ (masked.t() if ctx.transposed else masked)).to(x.dtype)
+            del masked  # of the weight's size, as is what comes next
         if needs_scores or needs_weight:
             columns = x.reshape(-1, x.shape[-1]).to(grad.dtype)
             product = columns.t() @ rows if ctx.transposed else rows.t() @ columns

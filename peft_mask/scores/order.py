@@ -22,13 +22,38 @@ def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.
     if count <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
     limit = nth_lowest(flat, count).clamp(max=below)
-    under, at = flat < limit, flat == limit
     if _in_numpy(flat):
+        under, at = flat < limit, flat == limit
         marked, ties = under.numpy(), np.flatnonzero(at.numpy())
         marked[ties[: count - np.count_nonzero(marked)]] = True
         return under.view(values.shape)
+    return _up_to(flat, limit, count).view(values.shape)
+
+
+def lowest_among(values: torch.Tensor, count: torch.Tensor, most: int, below: float = torch.inf) -> torch.Tensor:
+    """Return `lowest(values, count, below)` of a count in a tensor, which is never read.
+
+    So `torch.compile` compiles once for all counts up to `most`, and a device is not waited for.
+
+    Args:
+        values: as for `lowest`.
+        count: integer, no dimensions, on the device of `values`, from 0 to `most`.
+        most: how many values are put in order, whatever the count.
+        below: as for `lowest`.
+    """
+    flat = values.detach().reshape(-1)
+    if (most := min(most, flat.numel())) <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    ascending = flat.topk(most, largest=False, sorted=True).values
+    limit = ascending.index_select(0, (count - 1).clamp(0, most - 1).view(1)).squeeze(0)
+    return _up_to(flat, _unless_nan(limit).clamp(max=below), count).view(values.shape)
+
+
+def _up_to(flat: torch.Tensor, limit: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Mark what is below a limit, and the first of those at it: `count` in all, if there are as many."""
+    under, at = flat < limit, flat == limit
     rank = at.cumsum(0, dtype=index_dtype(flat.numel()))
-    return (under | (at & (rank <= count - under.sum()))).view(values.shape)
+    return under | (at & (rank <= count - under.sum()))
 
 
 def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
@@ -45,7 +70,11 @@ def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
         found = torch.from_numpy(numbers[n - 1 : n]).to(values.dtype).amax()
     else:
         found = values.topk(n, largest=False, sorted=False).values.amax()
-    return found.where(~found.isnan(), torch.inf)
+    return _unless_nan(found)
+
+
+def _unless_nan(value: torch.Tensor) -> torch.Tensor:
+    return value.where(~value.isnan(), torch.inf)
 
 
 def _in_numpy(values: torch.Tensor) -> bool:

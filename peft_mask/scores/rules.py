@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,12 +19,44 @@ from peft_mask.settings.options import Binarizer
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How many scores are off: for Python, which reads numbers, and for `torch.compile`, which compiles for them.
+
+    Attributes:
+        zeros: the number.
+        most: the largest that it has been. This is compiled for, and only another one is compiled for anew.
+        tensor: the number, int64 without dimensions, where the scores are. It alone differs while a budget grows.
+    """
+
+    zeros: int
+    most: int
+    tensor: torch.Tensor = field(compare=False)
+
+    @classmethod
+    def of(cls, zeros: int, before: Budget | None, device: torch.device) -> Budget:
+        """Return a budget in the place of another one, or of none."""
+        most = zeros if before is None else max(zeros, before.most)
+        device = torch.device("cpu") if device.type == "meta" else device  # until the scores are loaded
+        return cls(zeros, most, torch.full((), zeros, dtype=torch.int64, device=device))
+
+    def to(self, device: torch.device) -> Budget:
+        """Return the budget for scores on a device."""
+        return self if self.tensor.device == device else Budget.of(self.zeros, self, device)
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the mask of scores with this budget."""
+        if torch.compiler.is_compiling():
+            return binarize_topk(scores, self.tensor.to(scores.device), self.most)
+        return binarize_topk(scores, self.zeros)
+
+
+@dataclass(frozen=True)
 class Rule:
     """A binarizer with its settings.
 
     Attributes:
         binarizer: as in `MaskConfig`.
-        zeros: how many scores `"topk"` switches off; None: no budget, all below the threshold are off.
+        budget: how many scores `"topk"` switches off; None: no budget, all below the threshold are off.
         group: N and M of `"n:m"`.
         dimension: along which its groups lie.
         key: what tells the draws of `"bernoulli"` apart from those of other layers and seeds.
@@ -32,7 +64,7 @@ class Rule:
     """
 
     binarizer: Binarizer
-    zeros: int | None = None
+    budget: Budget | None = None
     group: tuple[int, int] | None = None
     dimension: int = -1
     key: int = 0
@@ -42,15 +74,29 @@ class Rule:
         """Return how many scores a weight of this shape has, if all of it has some."""
         return shape.numel() // math.prod(self.unit)
 
-    def with_sparsity(self, sparsity: float | None, shape: torch.Size) -> Rule:
-        """Return the rule with a budget: a fraction of the scores of a weight, at least one; None: no budget."""
-        zeros = None if sparsity is None else budget_zeros(self.units(shape), sparsity)
-        return dataclasses.replace(self, zeros=zeros)
+    def with_sparsity(self, sparsity: float | None, shape: torch.Size, device: torch.device) -> Rule:
+        """Return the rule with a budget: a fraction of the scores of a weight, at least one; None: no budget.
+
+        `device` is that of the scores.
+        """
+        if sparsity is None:
+            return dataclasses.replace(self, budget=None)
+        zeros = budget_zeros(self.units(shape), sparsity)
+        return dataclasses.replace(self, budget=Budget.of(zeros, self.budget, device))
+
+    def to(self, device: torch.device) -> Rule:
+        """Return the rule for scores on a device."""
+        return self if self.budget is None else dataclasses.replace(self, budget=self.budget.to(device))
+
+    @property
+    def zeros(self) -> int | None:
+        """How many scores a budget switches off; None if there is no budget."""
+        return None if self.budget is None else self.budget.zeros
 
     @property
     def plain(self) -> bool:
         """Whether the mask is `scores >= 0` also in training, for which there is a fast path."""
-        return self.zeros is None and self.binarizer not in ("bernoulli", "n:m")
+        return self.budget is None and self.binarizer not in ("bernoulli", "n:m")
 
     def mask(self, scores: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """Return what scores come to in evaluation and on saving: bool, of their shape, True for what is kept.
@@ -59,9 +105,10 @@ class Rule:
             scores: the scores.
             most: how many weights to switch off, if not the whole of a budget.
         """
-        if self.zeros is not None:
-            units = self.zeros if most is None else min(self.zeros, most // math.prod(self.unit))
-            return binarize_topk(scores, units)
+        if self.budget is not None:
+            if most is None:
+                return self.budget.mask(scores)
+            return binarize_topk(scores, min(self.budget.zeros, most // math.prod(self.unit)))
         if self.group is not None:
             return binarize_groups(scores, *self.group, self.dimension)
         return binarize_threshold(scores)

@@ -217,7 +217,7 @@ def _compared(model: nn.Module, who: str) -> Iterator[tuple[str, MaskLayer, Tens
     found = False
     for _, layer, adapter in _changeable(model, who):
         rule = layer.rule(adapter)
-        if rule.zeros is None and rule.group is None:
+        if rule.budget is None and rule.group is None:
             found = True
             yield adapter, layer, layer.peft_mask_scores[adapter]
     if not found:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_mask.format.packing import index_dtype
+from peft_mask.layers.linear import Linear
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.model.matching import matched_modules, matched_parameters
 from peft_mask.model.targets import resolve_targets
@@ -19,6 +20,7 @@ from peft_mask.scores.candidates import candidate_count
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.stored import StoredWeight
+from peft_mask.training.saved import SavedTensors, UnknownValues, checkpoints_counted
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class TrainingMemory:
         gradients: of scores and head.
         optimizer: what the optimizer remembers of scores and head.
         activations: what autograd keeps for the backward pass, the masks among it: a bit for each score, unless each is
-            compared with the threshold anew.
-        transient: W * M, `(dL/dy)^T x` and indices of the largest layer, the only ones of its size at any time, and the
-            gradients of the largest activation and its neighbor.
+            compared with the threshold anew. Of a model that checkpoints activations: the inputs of its blocks, and
+            what the block keeps that keeps most while it is computed again.
+        transient: W * M or `(dL/dy)^T x` of the largest layer, the only ones of its size at any time, and its indices;
+            and the gradients of the largest activation and its neighbor.
     """
 
     parameters: int
@@ -60,9 +63,11 @@ def training_memory(
 
     Args:
         model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size (a Llama
-            runs there since some release of transformers between 5.2 and 5.8).
+            runs there since some release of transformers between 5.2 and 5.8). After
+            `model.gradient_checkpointing_enable()` activations count as those of checkpointed blocks.
         config: the adapter's configuration.
-        inputs: a batch as for `model(**inputs)`, on its device.
+        inputs: a batch as for `model(**inputs)`, on its device. On the meta device attention masks count as those of a
+            batch without padding.
         scores_optimizer: `"sign"` (the default of `create_mask_optimizer`), `"sign_in_backward"` (the same with
             `SignAdamW.step_in_backward`), `"adamw"` or `"adamw_8bit"`.
 
@@ -90,15 +95,15 @@ def training_memory(
     if scores_optimizer not in known:
         raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
     state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
-    weights: list[tuple[StoredWeight, int | None]] = [
-        (stored, mask_layer_type(m).input_dimension_of(m))
+    weights: list[tuple[StoredWeight, int | None, int]] = [  # and how many tensors of its size there are at a time
+        (stored, mask_layer_type(m).input_dimension_of(m), 1 if mask_layer_type(m) is Linear else 2)
         for name, m in matched_modules(model, config)
         for stored in stored_weights(m, name, config.mask_biases).values()
     ]
-    weights += [(StoredWeight(m, parameter), None) for _, m, parameter in matched_parameters(model, config)]
+    weights += [(StoredWeight(m, parameter), None, 2) for _, m, parameter in matched_parameters(model, config)]
     compared = config.candidates is None and config.binarizer in ("threshold", "sign")
     scores = positions = masks = transient = 0
-    for weight, dimension in weights:
+    for weight, dimension, at_a_time in weights:
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
         unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
@@ -106,14 +111,15 @@ def training_memory(
         scores += own
         masks += 0 if compared else math.ceil(own / 8)
         positions += (count or 0) * index_dtype(numel).itemsize
-        transient = max(transient, 2 * weight.value_bytes + (8 + 2 * weight.value_bytes // numel) * (count or 0))
+        indexed = (8 + 2 * weight.value_bytes // numel) * (count or 0)
+        transient = max(transient, at_a_time * weight.value_bytes + indexed)
     heads = [
         m
         for name, m in model.named_modules()
         if any(f".{name}".endswith(f".{saved}") for saved in config.modules_to_save or [])
     ]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, [weight.parameter for weight, _ in weights])
+    kept = _saved_sizes(model, inputs, [weight.parameter for weight, *_ in weights])
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,
@@ -128,7 +134,8 @@ def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, beside the model's own tensors.
 
     Args:
-        model: any model, on any device, the meta device included.
+        model: any model, on any device, the meta device included. Where transformers checkpoints its activations, these
+            are the inputs of the blocks, and what the largest block keeps while it is computed again.
         inputs: a batch as for `model(**inputs)`.
     """
     return sum(_saved_sizes(model, inputs))
@@ -136,24 +143,17 @@ def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[Tensor] | None = None) -> list[int]:
     """Bytes of each storage that is kept, with gradients for the parameters `trained`, by default for all that ask."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # holding the tensors, or an address could come twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (address := tensor.untyped_storage()._cdata) not in own:
-            kept[address] = tensor
-        return tensor
-
+    saved = SavedTensors(model)
     before = {p: p.requires_grad for p in model.parameters()}
     try:
         if trained is not None:
             wanted = {id(p) for p in trained}
             for parameter in before:
                 parameter.requires_grad_(id(parameter) in wanted)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved.counted(), checkpoints_counted(model, saved), UnknownValues():
             output: Any = model(**inputs)
         del output
     finally:
         for parameter, requires_grad in before.items():
             parameter.requires_grad_(requires_grad)
-    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    return saved.sizes()

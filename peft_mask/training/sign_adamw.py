@@ -87,6 +87,10 @@ class SignAdamW(torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:  # saved before groups had sizes
             group.setdefault("sizes", [p.numel() for p in group["params"]])
+            if group.get("sign") or not (group["capturable"] or group["fused"]):
+                for own in (self.state.get(p, {}) for p in group["params"]):
+                    if "step" in own:  # which is read in each step; of several processes each loads it to its device
+                        own["step"] = own["step"].cpu()
 
     def _voted_on(self) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Yield place of the group, parameter and size of what takes sign steps; of a piece, the size of its matrix."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, create_mask_optimizer, spend_budget
 from tests.tiny_models import tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
@@ -90,6 +90,45 @@ def test_a_compiled_peft_model_takes_adapters_as_it_takes_inputs():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
         with model.disable_adapter():
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("fields", [{}, {"structure": "row", "candidates": None}], ids=str)
+def test_a_budget_that_grows_is_compiled_once(fields):
+    steps = 12  # more than dynamo compiles one function for
+
+    def losses(compiled):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("bert"), MaskConfig(**(CONFIG | fields), seed=0)).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        optimizer = create_mask_optimizer(model)
+        forward = Compiled(model.base_model.model) if compiled else model
+        inputs = tiny_inputs(model.get_base_model(), labels=True)
+        for step in range(steps):
+            spend_budget(model, (step + 1) / steps)
+            loss = forward(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+        if compiled:
+            assert forward.compilations == 1
+
+    found, expected = list(losses(compiled=True)), list(losses(compiled=False))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(set(found)) == steps
+
+
+def test_a_budget_is_compiled_for_anew_only_where_it_was_never_as_large():
+    model = get_peft_model(tiny_model("bert"), MaskConfig(**CONFIG, seed=0)).eval()
+    inputs = tiny_inputs(model.get_base_model())
+    compiled = Compiled(model.base_model.model)
+    with torch.no_grad():
+        for sparsity, compilations in ((0.1, 1), (0.02, 1), (0.06, 1), (0.2, 2), (0.05, 2)):
+            model.base_model.set_target_sparsity(sparsity)
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+            assert compiled.compilations == compilations
 
 
 def test_a_trace_of_masks_is_refused_and_one_of_merged_weights_right():

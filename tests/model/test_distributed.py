@@ -73,6 +73,18 @@ def train(model, case, rows=slice(None)):
         optimizer.zero_grad()
 
 
+def drawn(seed):
+    """A model whose candidates are drawn from the global generator."""
+    torch.manual_seed(0)
+    mlp = Mlp(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4))
+    torch.manual_seed(seed)
+    return get_peft_model(mlp, MaskConfig(target_modules=["0", "2"], candidate_rule="random"))
+
+
+def positions_of(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "positions" in name}
+
+
 class Rounded(torch.optim.SGD):
     """Gradient descent whose steps are a few sizes: the sign, or nothing for a small gradient."""
 
@@ -120,6 +132,12 @@ def on_each_rank(rank, folder):
             if rank == 0:
                 sharded.save_pretrained(f"{folder}/fsdp2/{case}/{rank}", state_dict=state)
             dist.barrier()
+        for kind, seed in (("alike", 0), ("apart", rank)):
+            ours = drawn(seed)
+            before = positions_of(ours)
+            replica = nn.parallel.DistributedDataParallel(ours)
+            replica(torch.ones(2, 12)).sum().backward()
+            torch.save((before, positions_of(ours), list(replica.named_module_buffers)), f"{folder}/{kind}-{rank}.pt")
         policy = dist.fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         _, masks = train_sharded(model("topk"), "topk", rows, mp_policy=policy)
         torch.save(masks, f"{folder}/mixed-{rank}.pt")
@@ -148,6 +166,15 @@ def test_processes_train_the_mask_that_one_trains(tmp_path, trained, kind, case)
         saved = load_file(trained / kind / case / str(rank) / "adapter_model.safetensors")
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", ["alike", "apart"])
+def test_processes_that_drew_other_candidates_train_those_of_the_first(trained, kind):
+    (first, of_first, sent), (second, of_second, _) = (torch.load(trained / f"{kind}-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) == (kind == "alike") for name in first)
+    assert all(torch.equal(of_first[name], first[name]) for name in first)
+    assert all(torch.equal(of_second[name], first[name]) for name in first)
+    assert sent == ([] if kind == "alike" else list(first)), "before each forward pass"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -257,6 +257,26 @@ HOOKS = [
     ),
     Hook("accelerate.hooks:add_hook_to_module", "finds a forward of the user's own below them", says="_old_forward"),
     # torch
+    Hook(
+        "torch.nn.parallel:DistributedDataParallel.__init__",
+        "asks us once, in all processes, which buffers not to send",
+        says="self.parameters_to_ignore = set(module._ddp_params_and_buffers_to_ignore)",
+    ),
+    Hook(
+        "torch.nn.parallel:DistributedDataParallel._assign_modules_buffers",
+        "sends none of these",
+        says="if buffer_name not in self.parameters_to_ignore",
+    ),
+    Hook("peft:PeftModel.__getattr__", "DDP finds them through it", says="getattr(self.base_model, name)"),
+    Hook(TUNER + "__getattr__", "and through this", says="getattr(self.model, name)"),
+    Hook(
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        "training_memory computes blocks in place of this function",
+        says="self._gradient_checkpointing_func(partial(",
+    ),
+    Hook("torch.utils._python_dispatch:TorchDispatchMode", "answers questions about values on the meta device"),
+    Hook("torch.utils._pytree:tree_leaves", "finds what a block is given", ("tree",)),
+    Hook("torch.utils._pytree:tree_map_only", "cuts what it returns off its past"),
     Hook("torch.nn:Module._apply", "keeps dtypes, and casts what merging has displaced", ours=MERGING_LAYER),
     *(
         Hook("torch.nn:Module._call_impl", "runs the hooks of a base layer around its mask", says=f"self.{hooks}")

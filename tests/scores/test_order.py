@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_mask.scores import order
-from peft_mask.scores.order import lowest, nth_lowest
+from peft_mask.scores.order import lowest, lowest_among, nth_lowest
 
 VALUES = st.lists(st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, math.inf, math.nan]), min_size=1, max_size=30)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -30,6 +30,13 @@ def test_so_many_of_the_lowest_are_marked_the_first_of_equals_and_none_above_a_b
     torch.testing.assert_close(numbers, torch.tensor(values, dtype=dtype), rtol=0, atol=0, equal_nan=True)  # as it was
 
 
+@given(VALUES, DTYPES, st.integers(0, 35), st.integers(0, 35), st.sampled_from([math.inf, 0.0, -1.5]))
+def test_a_count_that_is_not_read_marks_the_same(values, dtype, count, more, below):
+    numbers = torch.tensor(values, dtype=dtype).view(1, -1)
+    marked = lowest_among(numbers, torch.tensor(count), count + more, below)
+    assert torch.equal(marked, lowest(numbers, count, below))
+
+
 @given(VALUES, DTYPES, st.data())
 def test_the_nth_lowest_counts_from_one_and_nan_as_infinity(values, dtype, data):
     n = data.draw(st.integers(1, len(values)))
@@ -49,3 +56,12 @@ def test_it_is_one_graph():
     compiled = torch.compile(lowest, fullgraph=True, backend="eager")
     values = torch.randint(-3, 3, (50,)).float()
     assert torch.equal(compiled(values, 7), lowest(values, 7))
+
+
+def test_counts_in_a_tensor_are_compiled_once():
+    torch._dynamo.reset()
+    compiled = torch.compile(lowest_among, fullgraph=True, backend="eager")
+    values = torch.randint(-3, 3, (50,)).float()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in range(12):
+            assert torch.equal(compiled(values, torch.tensor(count), 11), lowest(values, count))

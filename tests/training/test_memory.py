@@ -44,7 +44,7 @@ def test_every_part_is_counted(device):
     assert memory.optimizer == 0
     values = 4 * 10 * (8 + 16)  # the input, and what ReLU and the second layer share
     assert memory.activations == values + weights // 4 // 8, "with the masks of the candidates"
-    assert memory.transient == 2 * 4 * 128 + 16 * 32 + 2 * 4 * 10 * 16
+    assert memory.transient == 4 * 128 + 16 * 32 + 2 * 4 * 10 * 16
     assert memory.total == sum(vars(memory).values())
     assert str(memory).endswith("total 0 MiB")
 
@@ -106,6 +106,80 @@ def test_a_step_holds_no_more_than_the_estimate_and_not_much_less(fields):
     step()
     expected = memory.total - memory.parameters - memory.scores - inputs["x"].nbytes
     assert 0.6 * expected < peak_bytes(step) < 1.2 * expected
+
+
+def transformer(family, device):
+    with torch.device(device):
+        model = tiny_model(family, "lm" if family == "llama" else "seq_cls").to(device).train()
+        inputs = {name: tensor.to(device) for name, tensor in tiny_inputs(model, 32, 60, labels=True).items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model, inputs
+
+
+def task(family):
+    return MaskConfig(task_type="CAUSAL_LM" if family == "llama" else "SEQ_CLS")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_step_with_checkpointing_holds_no_more_than_the_estimate_and_not_much_less(family):
+    model, inputs = transformer(family, "cpu")
+    plain = training_memory(model, task(family), inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory = training_memory(model, task(family), inputs)
+    assert memory.activations < 0.75 * plain.activations  # of two blocks
+    assert vars(memory) | {"activations": 0} == vars(plain) | {"activations": 0}
+    model = get_peft_model(model, task(family))
+    optimizer = create_mask_optimizer(model)
+
+    def step():
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    expected = memory.total - memory.parameters - memory.scores
+    assert 0.75 * expected < peak_bytes(step) < 1.1 * expected
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_attention_masks_and_checkpointing_are_counted_without_weights(family, checkpointing):
+    found = {}
+    for device in ("cpu", "meta"):
+        model, inputs = transformer(family, device)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        found[device] = training_memory(model, task(family), inputs)
+        del inputs["attention_mask"]
+        assert training_memory(model, task(family), inputs).activations <= found[device].activations
+    # without a device's own kernels attention keeps its probabilities
+    blocks = 1 if checkpointing else 2
+    probabilities = 4 * 32 * 2 * 60 * 60 * blocks
+    assert 0.9 * probabilities < found["meta"].activations - found["cpu"].activations < 1.5 * probabilities
+
+
+def test_checkpointed_blocks_are_left_as_they_were():
+    model, inputs = transformer("bert", "cpu")
+    model.gradient_checkpointing_enable()
+    model.eval()
+    layer = model.bert.encoder.layer[0]
+    before = layer._gradient_checkpointing_func
+    assert training_memory(model, task("bert"), inputs).activations > 0
+    assert layer._gradient_checkpointing_func is before
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_number_that_only_values_tell_is_asked_for_in_vain():
+    class Counts(Named):
+        def forward(self, x):
+            return self.mlp(x) * x.sum().item()
+
+    with torch.device("meta"), pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        training_memory(Counts(), MaskConfig(**CONFIG), {"x": torch.zeros(10, 8)})
 
 
 def test_steps_within_the_backward_pass_hold_one_gradient_at_a_time():
