@@ -58,7 +58,7 @@ else:
     from peft_mask.layers.mask_layer import MaskLayer
     from peft_mask.model.hotswap import hotswap_adapter
     from peft_mask.model.mask_model import MaskModel
-    from peft_mask.model.state import keep_scores
+    from peft_mask.model.saving import keep_scores
     from peft_mask.settings.card import update_model_card
     from peft_mask.settings.config import MaskConfig, MaskType
     from peft_mask.training.callback import MaskCallback

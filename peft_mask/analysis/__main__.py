@@ -23,7 +23,7 @@ from peft_mask.analysis.similarity import block, dissimilarity, each, iou, movem
 from peft_mask.analysis.storage import paper_config, storage
 from peft_mask.analysis.tables import markdown
 from peft_mask.format.masks import Masks
-from peft_mask.model.state import BITS, FOR_TRAINING
+from peft_mask.model.names import BITS, FOR_TRAINING
 from peft_mask.settings.config import MaskConfig
 from peft_mask.settings.options import DEFAULT_SPARSITY
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_mask.format.mask_file import weight_of
 from peft_mask.format.masks import Masks
-from peft_mask.model.state import layers_of_adapter
+from peft_mask.model.names import layers_of_adapter
 
 
 def masks_of(model: nn.Module, adapter_name: str = "default") -> Masks:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_mask.layers.diffusers_hooks import hooked_by_diffusers
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KINDS = (
     "_forward_pre_hooks_with_kwargs",
@@ -33,7 +35,9 @@ def call_with_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, 
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Return whether a module's `forward` is not that of its class, accelerate's hooks aside."""
+    """Return whether a module's `forward` is not that of its class, hooks of accelerate and diffusers aside."""
+    if hooked_by_diffusers([module]):
+        return False
     forward = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
@@ -14,22 +14,17 @@ from torch import nn
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
 from peft_mask.layers.bits import BitsDict, check_not_traced
-from peft_mask.layers.casting import Integers, Scores
 from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 from peft_mask.layers.hooks import call_with_hooks
-from peft_mask.layers.merging import MergingLayer
 from peft_mask.layers.reading import NoWeight
-from peft_mask.layers.resting import Rest, Resting
 from peft_mask.layers.rows import BASE, adapters_of_batch, forward_rows
-from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
+from peft_mask.layers.scored_layer import ScoredLayer
 from peft_mask.scores.functional import apply_mask, masked_weight
-from peft_mask.scores.init import initial_scores
-from peft_mask.scores.rules import Rule, rule_for
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_taken_away, is_whole, whole
 
 
-class MaskLayer(MergingLayer):
+class MaskLayer(ScoredLayer):
     """What every masked layer shares: scores or bits of each adapter, merging and exact unmerging.
 
     An adapter that is trained owns `peft_mask_scores[adapter]`: a parameter of the weight's shape, of a shape that
@@ -46,12 +41,7 @@ class MaskLayer(MergingLayer):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training  # of a base in evaluation no mask is drawn
-        self.peft_mask_scores = Scores()
         self.peft_mask_bits = BitsDict()
-        self.peft_mask_positions = Integers()
-        self._rules: dict[str, Rule] = {}  # of adapters with scores
-        self._versions: dict[str, int] = {}  # of scores when they were made, as autograd counts changes
-        self._resting = Resting()
         self._disable_adapters = False
         self.keeps_scores = False
         self._fingerprint = UNKNOWN
@@ -69,16 +59,9 @@ class MaskLayer(MergingLayer):
             if config.inference_mode:
                 self.peft_mask_bits.wait_for(adapter_name, name, bits_shape(self.mask_shape))
             else:
-                positions = choose_candidates(weight, config, name)
-                if positions is not None:
-                    self.peft_mask_positions[adapter_name] = positions
-                rule = self._rules[adapter_name] = self.rule_for(config, name)
-                scores = initial_scores(weight, config, name, positions, rule.unit)
-                self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
-                self.set_sparsity(adapter_name, config.target_sparsity)
+                self.add_scores(adapter_name, config, name, weight)
             self._move_adapter_to_device_of_base_layer(adapter_name)
-            if adapter_name in self.peft_mask_scores:
-                self._versions[adapter_name] = _version(self.peft_mask_scores[adapter_name])
+            self.begin_scores(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _get_available_adapters(self) -> set[str]:
@@ -103,75 +86,6 @@ class MaskLayer(MergingLayer):
     def out_features(self) -> int:
         """Width of what comes out, by PEFT's name for it."""
         return self.mask_shape[0]
-
-    @property
-    def mask_shape(self) -> torch.Size:
-        """Shape of the masks: that of the base weight."""
-        return self.stored.shape
-
-    @staticmethod
-    def input_dimension_of(base_layer: nn.Module) -> int | None:
-        """Return which dimension of a layer's weight is that of its inputs; None if there is no such dimension."""
-        return 1
-
-    def rule_for(self, config: MaskConfig, name: str) -> Rule:
-        """Return how scores of an adapter become its mask here (see `rules.rule_for`)."""
-        return rule_for(config, name, self.mask_shape, self.input_dimension_of(self.get_base_layer()))
-
-    def rule(self, adapter_name: str) -> Rule:
-        """Return how the scores of an adapter become its mask."""
-        return self._rules[adapter_name]
-
-    def set_sparsity(self, adapter_name: str, sparsity: float | None) -> None:
-        """Make a fraction of the weights, at least one unit, the budget of an adapter with scores; None: no budget."""
-        device = self.peft_mask_scores[adapter_name].device
-        self._rules[adapter_name] = self.rule(adapter_name).with_sparsity(sparsity, self.mask_shape, device)
-        self._resting.let_go(adapter_name)
-
-    def rest(self, adapter_name: str, zeros: int | None, warning: str | None = None) -> None:
-        """Hold the mask of an adapter with scores to so many zeros, and keep a warning, until it is trained."""
-        self._resting.begin(adapter_name, Rest(zeros, warning))
-
-    def zeros_at_rest(self, adapter_name: str) -> int | None:
-        """Return how many weights the mask of an adapter is held to until it is trained, or None."""
-        return self._resting.zeros(adapter_name)
-
-    def scores_changed(self, adapter_name: str) -> bool:
-        """Return whether the scores of an adapter were trained, set or loaded since they were made."""
-        return _version(self.peft_mask_scores[adapter_name]) != self._versions.get(adapter_name)
-
-    def has_budget(self, adapter_name: str) -> bool:
-        """Return whether the number of weights that an adapter switches off is given."""
-        return adapter_name in self._rules and self._rules[adapter_name].budget is not None
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # what `to`, `cuda` and the like come down to
-        for adapter_name, scores in self.peft_mask_scores.items():
-            self._rules[adapter_name] = self.rule(adapter_name).to(scores.device)
-        return self
-
-    def positions(self, adapter_name: str) -> torch.Tensor | None:
-        """Return the positions of the weights that have a score in an adapter, or None if all have."""
-        if adapter_name not in self.peft_mask_positions:
-            return None
-        return cast(torch.Tensor, self.peft_mask_positions[adapter_name])
-
-    def checked_candidates(self, adapter_name: str, positions: torch.Tensor, name: str) -> torch.Tensor:
-        """Return positions as an adapter's candidates: ascending, as the layer stores them.
-
-        Raises:
-            ValueError: if they cannot be its candidates; the message names the module.
-        """
-        if (current := self.positions(adapter_name)) is None:
-            raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig for a choice.")
-        return checked_positions(positions, len(current), self.mask_shape.numel(), name).to(current)
-
-    @torch.no_grad()
-    def set_candidates(self, adapter_name: str, positions: torch.Tensor) -> None:
-        """Give an adapter's scores to the weights at `positions` (see `checked_candidates`), in the same tensors."""
-        current, scores = self.peft_mask_positions[adapter_name], self.peft_mask_scores[adapter_name]
-        scores.copy_(moved_scores(scores, current, positions))
-        current.copy_(positions)
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base weight; if it is sharded or gone, what it was when it was wrapped."""
@@ -219,9 +133,7 @@ class MaskLayer(MergingLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.peft_mask_bits.close(adapter_name)
-        self._rules.pop(adapter_name, None)
-        self._resting.begin(adapter_name, Rest())
-        self._versions.pop(adapter_name, None)
+        self.forget_scores(adapter_name)
         self._checks.pop(adapter_name, None)
 
     def check_when_filled(self, adapter_name: str, check: Callable[[], None] | None) -> None:
@@ -254,18 +166,6 @@ class MaskLayer(MergingLayer):
             elif adapter_name in self.peft_mask_bits:
                 weight = apply_mask(weight, self.mask(adapter_name))
         return weight, trained
-
-    def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
-        check_not_traced()
-        scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        scores = self._resting.until_trained(adapter_name, scores)
-        rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
-        mask = None
-        if positions is not None or not rule.plain:  # else these functions have a fast path
-            drawn = self.training and most is None
-            mask = rule.mask_in_training(scores.detach()) if drawn else rule.mask(scores.detach(), most)
-        return rule.estimator(scores), mask, positions
 
     def masked_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """Return the base weight under the product of these adapters' masks; gradients reach their scores."""
@@ -350,7 +250,3 @@ def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     if hooked := hooked_by_diffusers(layer.hooked_parts):
         return with_hooks_of_diffusers(hooked)
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()
-
-
-def _version(parameter: torch.Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_mask.model.state import FOR_TRAINING
+from peft_mask.model.names import FOR_TRAINING
 
 
 def set_scores_aside(file: Path, aside: Path) -> bool:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from peft_mask.format.checksums import checksums_for
 from peft_mask.model.beside import own_in
 from peft_mask.model.embeddings import is_resized, tidy_embeddings
-from peft_mask.model.names import module_name
-from peft_mask.model.state import BITS, FOR_TRAINING, named
+from peft_mask.model.names import BITS, FOR_TRAINING, module_name, named
 from peft_mask.settings.config import MaskConfig
 
 

@@ -10,7 +10,7 @@ from peft.utils import infer_device, load_peft_weights
 from peft_mask.format.checksums import check
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.beside import check_own_shapes
-from peft_mask.model.state import BITS, named
+from peft_mask.model.names import BITS, named
 from peft_mask.settings.config import MaskConfig
 
 

@@ -8,7 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peft_mask.layers.mask_layer import MaskLayer
+
 PEFT_PREFIX = "base_model.model."
+BITS, SCORES, POSITIONS = ".peft_mask_bits", ".peft_mask_scores", ".peft_mask_positions"
+FOR_TRAINING = (SCORES, POSITIONS)  # endings of the names of what `keep_scores` adds to a file
 _COMPILED = "_orig_mod"
 _HIDDEN = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # such wrappers leave these out of state dicts
 _PARALLEL = "module."  # of DDP and DataParallel, in front; a model may call a part of its own so
@@ -73,3 +77,28 @@ def _in_place(wrapper: nn.Module) -> nn.Module:
     module = cast(nn.Module, wrapper._modules[_COMPILED])
     cast(Any, module)._compiled_call_impl = cast(Any, wrapper).dynamo_ctx(module._call_impl)
     return module
+
+
+def named(state_dict: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names end in `suffix`, by the name of their module in the base model.
+
+    Raises:
+        ValueError: if two are of one module, with PEFT's prefix and without it.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if key.endswith(suffix):
+            name = module_name(key.removesuffix(suffix))
+            if name in found:
+                raise ValueError(f"the file holds '{name}{suffix}' twice, with the prefix '{PEFT_PREFIX}' and without.")
+            found[name] = value
+    return found
+
+
+def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, MaskLayer]:
+    """Return the masked layers of an adapter by their state-dict path in `model`."""
+    return {
+        state_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, MaskLayer) and adapter_name in module._get_available_adapters()
+    }

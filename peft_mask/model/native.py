@@ -19,9 +19,9 @@ from peft_mask.format.packing import bits_shape, count_zeros
 from peft_mask.format.record import longest_record
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.beside import own_by_name
-from peft_mask.model.names import module_name
+from peft_mask.model.loading import checked_bits
+from peft_mask.model.names import BITS, layers_of_adapter, module_name, named
 from peft_mask.model.restored import rebuilt_scores
-from peft_mask.model.state import BITS, checked_bits, layers_of_adapter, named
 from peft_mask.settings.config import MaskConfig
 
 

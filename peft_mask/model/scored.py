@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.names import plain_name
-from peft_mask.model.state import adapter_bytes
+from peft_mask.model.saving import adapter_bytes
 from peft_mask.scores.budget import sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import check_can_change

@@ -80,6 +80,7 @@ HOOKS = [
     Hook(TUNER + "_replace_module", "also puts task heads of several layers back", ours=MODEL),
     Hook(TUNER + "inject_adapter", "then makes room for records that are loaded by name", ours=MODEL),
     Hook(TUNER + "_cast_adapter_dtype", "gives scores the dtype of scores_dtype", ours=MODEL),
+    Hook(TUNER + "_check_target_module_exists", "asks of names without what wrappers put into them", ours=MODEL),
     Hook(TUNER + "_inject_parameters", "knows wrappers of parameters by their class's name", says='"ParamWrapper"'),
     Hook(
         "peft.tuners.tuners_utils:check_target_module_exists",

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, keep_scores, spend_budget
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.model.state import adapter_bytes
+from peft_mask.model.saving import adapter_bytes
 from peft_mask.training import callback
 from tests.tiny_models import tiny_model
 from tests.training.test_training import STEPS, masked_bert, rows, trainer
