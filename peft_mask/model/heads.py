@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,6 +63,7 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     - With a `task_type` that has a head: all that stands outside the backbone, and what else is new.
     - Without a `task_type`: what is new in a model that has something outside its backbone, other than a language
       model. If that is not known, all outside the backbone of a class whose name says that it has the head of a task.
+      A part whose every linear layer is named in `target_modules` is masked instead.
 
     `modules_to_save=[]` says that nothing is to be trained and saved whole: nothing is added then, and nothing said.
     """
@@ -79,7 +80,7 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     if with_task:
         wanted = [*outside, *(name for name in new or [] if not _within(name, outside))]
     elif config.task_type is None and not speaks and (of_a_task or (new is not None and outside)):
-        parts = list(_without_containers(model, head))
+        parts = [name for name in _without_containers(model, head) if not _is_masked_whole(model, name, config)]
         wanted = [name for name in parts if _names_no_others(model, name, parts)]
     else:
         wanted = []
@@ -87,7 +88,8 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     taken = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
     added = [name for name in wanted if name not in saved and (with_task or not _overlaps(name, taken))]
     config.modules_to_save = [*saved, *added] or config.modules_to_save
-    left = [name for name in head if not _within(name, [*taken, *added]) and not _all_below(model, name, added)]
+    cared_for = [*taken, *added, *(name for name in head if _is_masked_whole(model, name, config))]
+    left = [name for name in head if not _within(name, cared_for) and not _all_below(model, name, cared_for)]
     if left and (new is not None or not (speaks or _PRETRAINED.search(class_name))):
         warnings.warn(
             f"{class_name} has modules that are neither trained nor saved, and as far as can be told were not in its "
@@ -145,6 +147,16 @@ def _without_containers(model: nn.Module, names: Iterable[str]) -> Iterator[str]
             yield from _without_containers(model, [f"{name}.{below}" for below, _ in module.named_children()])
         elif module is not None and any(True for _ in module.parameters()):
             yield name
+
+
+def _is_masked_whole(model: nn.Module, name: str, config: MaskConfig) -> bool:
+    """Whether a user's `target_modules` name every linear layer of a part of the head, so that it is to be masked."""
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return False
+    linear = [
+        below for below, module in model.named_modules() if _within(below, [name]) and isinstance(module, nn.Linear)
+    ]
+    return bool(linear) and all(check_target_module_exists(config, below) for below in linear)
 
 
 def _names_no_others(model: nn.Module, name: str, parts: list[str]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_mask.tensors.elements import put, take
-from peft_mask.tensors.sharded import is_flattened, is_sharded, is_taken_away, shape_of
+from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away, shape_of
 
 COMPUTED_ANEW = (
     "its {name} is computed anew in each forward pass (weight_norm, spectral_norm, prune or another parametrization), "
@@ -46,7 +46,9 @@ class StoredWeight:
     @property
     def reason_not_kept(self) -> str | None:
         """Why what is stored here does not stay, or None if it does."""
-        return None if self.name in self.module._parameters else COMPUTED_ANEW.format(name=self.name)
+        if self.name in self.module._parameters or is_flattened(self.parameter) or has_no_storage(self.parameter):
+            return None  # of FSDP1 there are views of a flat parameter, which `targets` refuses in its own words
+        return COMPUTED_ANEW.format(name=self.name)
 
     @property
     def shape(self) -> torch.Size:

@@ -214,13 +214,13 @@ class TestNewTensorsUnderTheOldConfiguration:
             PeftModel.from_pretrained(base_model(), folder)
 
     def test_without_the_head_of_the_old_is_refused(self, tmp_path):
-        _, folder = self.pair(tmp_path, task_type=None)
+        _, folder = self.pair(tmp_path, task_type=None, modules_to_save=[])
         with pytest.raises(KeyError, match=r"base_model.model.classifier.weight"):  # so says PEFT
             PeftModel.from_pretrained(base_model(), folder)
 
     def test_with_a_head_that_the_old_had_not_is_refused(self, tmp_path):
         _, folder = self.pair(tmp_path)
-        shutil.copy(save_adapter(tmp_path / "headless", task_type=None) / CONFIG, folder / CONFIG)
+        shutil.copy(save_adapter(tmp_path / "headless", task_type=None, modules_to_save=[]) / CONFIG, folder / CONFIG)
         with pytest.raises(ValueError, match=r"its file holds \['base_model.model.classifier.bias'"):
             PeftModel.from_pretrained(base_model(), folder)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +26,7 @@ from transformers import (
 from peft_mask import MaskConfig
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.heads import new_modules
+from tests.tiny_models import tiny_model
 from tests.versions import MARKS_WHAT_IT_READS
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 60}
@@ -254,3 +256,21 @@ def test_a_second_adapter_trains_the_same_head(checkpoints):
     model = get_peft_model(AutoModelForImageClassification.from_pretrained(checkpoints / "vit"), MaskConfig())
     model.add_adapter("b", MaskConfig())
     assert model.peft_config["b"].modules_to_save == model.peft_config["default"].modules_to_save == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "masked"),
+    [
+        ("bert", r".*query|classifier", True),
+        ("roberta", r".*query|classifier\..*", True),
+        ("roberta", ["dense"], False),  # of the head's two layers the other one would be left random
+    ],
+)
+def test_a_head_that_is_named_as_a_target_is_masked_and_not_trained_whole(family, named, masked):
+    model = get_peft_model(tiny_model(family), MaskConfig(target_modules=named))
+    classifier = model.base_model.model.classifier
+    assert isinstance(classifier, ModulesToSaveWrapper) != masked
+    if masked:
+        linear = [module for module in classifier.modules() if isinstance(module, torch.nn.Linear)]
+        layers = [module for module in classifier.modules() if isinstance(module, MaskLayer)]
+        assert [layer.get_base_layer() for layer in layers] == linear

@@ -226,6 +226,6 @@ def test_the_output_of_a_masked_linear_layer_may_be_changed_in_place(shape, bias
     gradients = []
     for function in (masked_linear, masked_linear_reference):
         scores = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        function(x, weight, scores, bias).relu_().mul_(2).sum().backward()
+        function(x, weight, scores, bias).mul_(2).relu_().sum().backward()
         gradients.append(scores.grad)
     torch.testing.assert_close(*gradients)

@@ -65,7 +65,9 @@ def test_it_is_where_early_stopping_ends_the_training(tmp_path):
 
 
 def test_each_of_several_adapters_in_training_is(tmp_path):
-    model = masks("default", "other", task_type=None)  # PEFT trains the head of one adapter at a time
+    model = masks(
+        "default", "other", task_type=None, modules_to_save=[]
+    )  # PEFT trains the head of one adapter at a time
     model.base_model.set_adapter(["default", "other"])
     best = train(model, tmp_path)
     assert is_of(2, best)
