@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import yaml  # type: ignore[import-untyped]  # huggingface_hub reads cards with it
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peft_mask.format.atomic import replace_files
@@ -85,7 +86,10 @@ def _load(file: Path) -> ModelCard:
     """The card, without the template that PEFT starts from, a page of "[More Information Needed]"."""
     if not file.is_file():
         return ModelCard("---\n{}\n---\n")
-    card = ModelCard.load(file)
+    try:
+        card = ModelCard.load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata of '{file}' is not YAML: mend it, or delete the file ({error}).") from error
     card.text = card.text.removeprefix(ModelCard.from_template(ModelCardData()).text.rstrip())
     return card
 

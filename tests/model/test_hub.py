@@ -273,9 +273,10 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_card_that_cannot_be_read_loses_no_adapter(saved, base):
+@pytest.mark.parametrize("metadata", ["tags: [peft-mask]\nmodel-index: 3", "tags: [peft-mask"])
+def test_a_card_that_cannot_be_read_loses_no_adapter(saved, metadata):
     model = get_peft_model(tiny_model("bert"), MaskConfig(task_type="SEQ_CLS", target_sparsity=0.05))
-    (saved / "README.md").write_text("---\ntags: [peft-mask]\nmodel-index: 3\n---\n", "utf-8")
+    (saved / "README.md").write_text(f"---\n{metadata}\n---\n", "utf-8")
     with pytest.warns(UserWarning, match="is not filled in"):
         model.peft_config["default"].save_pretrained(str(saved))
     assert Masks.load(saved).weights > 0
