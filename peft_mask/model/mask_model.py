@@ -13,11 +13,10 @@ from torch import nn
 from peft_mask.format.combine import CombinationType, check_votes, combined_mask
 from peft_mask.format.packing import pack_bits
 from peft_mask.layers.bias import Bias
-from peft_mask.layers.head import draw_head
+from peft_mask.layers.drawn_head import draw_head
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
-from peft_mask.model.checksums import checksums_of
 from peft_mask.model.loading import state_from_records
 from peft_mask.model.merging import MergedAdapters, mask_layers
 from peft_mask.model.mixed import copies_in_generation, rows_of
@@ -25,7 +24,7 @@ from peft_mask.model.names import compiled_in_place, named_as_in, plain_name
 from peft_mask.model.native import make_room, record_sizes
 from peft_mask.model.reference import copy_beside, fill_reference, is_reference, masks_to_refer_to, reference_config
 from peft_mask.model.replicas import spare_replicas
-from peft_mask.model.saving import records_of_adapter
+from peft_mask.model.saving import checksums_of, records_of_adapter
 from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
 from peft_mask.model.targets import checked_shapes, resolve_targets
 from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from peft_mask.format.checksums import checksums_for
 from peft_mask.format.fingerprint import UNKNOWN
 from peft_mask.format.packing import count_zeros
 from peft_mask.format.record import write_record
 from peft_mask.layers.diffusers_hooks import check_in_memory
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
-from peft_mask.model.names import BITS, POSITIONS, SCORES, layers_of_adapter, module_name
+from peft_mask.model.beside import own_in
+from peft_mask.model.embeddings import is_resized, tidy_embeddings
+from peft_mask.model.names import BITS, FOR_TRAINING, POSITIONS, SCORES, layers_of_adapter, module_name, named
 from peft_mask.scores.budget import file_bytes
+from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_sharded, is_taken_away, shape_of
 
 
@@ -142,3 +147,34 @@ def _base_to_code_against(layer: MaskLayer) -> torch.Tensor | None:
     weight = layer.unmerged_weight()
     whole = not weight.is_meta and type(weight) in (torch.Tensor, nn.Parameter)
     return weight if whole and weight.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def checksums_of(
+    model: nn.Module,
+    config: MaskConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any] | None:
+    """Return the checksums of what stands beside an adapter's records, or None if nothing does.
+
+    Args:
+        model: the model.
+        config: the adapter's configuration.
+        adapter_name: which adapter.
+        state_dict: PEFT's own copy of the state dict of `model`, from which it adds heads and embeddings to the file.
+            Of the embeddings it is left what can be loaded again (see `tidy_embeddings`).
+        tensors: records and scores, by name with the adapter's.
+
+    Raises:
+        ValueError: if what the adapter trained whole could not be loaded again; the message names it.
+    """
+    suffix = f".{adapter_name}"
+    beside = dict(own_in(model, adapter_name, state_dict))
+    whole = tidy_embeddings(model, adapter_name, state_dict)
+    if whole and is_resized(model, config):  # else PEFT does not save them, or they are the base's
+        beside |= {module_name(name): (tensor, ()) for name, tensor in whole.items()}
+    for key, tensor in tensors.items():
+        if (name := key.removesuffix(suffix)).endswith(FOR_TRAINING):
+            beside[module_name(name)] = tensor, ()
+    return checksums_for(named(tensors, BITS + suffix), beside)

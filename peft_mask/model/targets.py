@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_mask.layers.head import linear_layers
+from peft_mask.layers.drawn_head import linear_layers
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.layers.stand_in import ParamWrapper
@@ -31,7 +31,7 @@ from peft_mask.model.matching import (
 from peft_mask.model.names import plain_name
 from peft_mask.scores.units import check_groups, unit_shape
 from peft_mask.settings.config import MaskConfig
-from peft_mask.tensors.memory import sharing_memory
+from peft_mask.tensors.aliasing import sharing_memory
 from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away
 from peft_mask.tensors.stored import StoredWeight
 

@@ -56,7 +56,7 @@ class MaskConfig(PeftConfig):
             classification, question answering and multiple choice (for which PEFT has no task type) the whole task head
             is added: everything outside the backbone.
         head: `"trained"`, or the paper's `"masked"`: the whole task head, which the base model has no weights for, is
-            overwritten with random ones (`head.random_weight`), frozen, and its linear layers are masked, whatever
+            overwritten with random ones (`random_weight`), frozen, and its linear layers are masked, whatever
             `target_modules` says, and so is a pooler before it, whatever `layers_to_transform` says. Nothing but masks
             is trained then, or saved. For `task_type="SEQ_CLS"`; for other heads leave `task_type` out.
         head_seed: the seed of these weights. Adapters of one model have the same head.

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from peft_mask.model.checkpoint import put_scores_back, set_scores_aside
 from peft_mask.model.saving import keep_scores
+from peft_mask.model.uploads import put_scores_back, set_scores_aside
 from peft_mask.training.checkpoints import keep_best, record_share, recorded_share, warn_of_best
 from peft_mask.training.schedule import SparsitySchedule
 from peft_mask.training.spending import all_spent, budgets, end_spending, fill_budget, spend_budget, spent_share

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.analysis import masks_of
-from peft_mask.layers.head import draw_head, random_weight
+from peft_mask.layers.drawn_head import draw_head, random_weight
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.model.test_model import logits
 from tests.tiny_models import tiny_inputs, tiny_model

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from peft_mask.tensors.memory import sharing_memory
+from peft_mask.tensors.aliasing import sharing_memory
 
 
 def ways():
