@@ -40,10 +40,11 @@ test-slow: $(READY) ## the slow tests
 peft-suite: $(READY) ## PEFT's own tests, with masks in the place of its methods
 	$(RUN) tests/peft_suite.py
 
-attacks: $(READY) ## hostile adapters, hostile configurations, 100,000 mutants and 200 kills
+attacks: $(READY) ## hostile adapters and configurations, 100,000 mutants, 10,000 damages and 200 kills
 	$(RUN) -m attacks
 	$(RUN) -m attacks fields
 	$(RUN) -m attacks fuzz --files 100000
+	$(RUN) -m attacks damage --files 10000
 	$(RUN) -m attacks kill --kills 50
 
 audit: $(READY) ## known holes of the pinned dependencies; needs pip-audit and the network, and says so if it lacks them

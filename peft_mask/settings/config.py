@@ -50,11 +50,12 @@ class MaskConfig(PeftConfig):
         target_modules: names, suffixes or a regular expression of the modules to mask, or `"all-linear"`. By default
             every linear layer of the backbone; its embeddings, the output head and a task head are left out.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
-        layers_to_transform: index or indices of the blocks to mask; by default all.
+        layers_to_transform: index or indices of the blocks to mask; by default all. Once the model is wrapped,
+            `target_modules` names what is in them, and this is None.
         layers_pattern: name of the `ModuleList` that holds the blocks, if it is not found by itself.
-        modules_to_save: modules trained and saved whole beside the masks. For sequence classification, token
-            classification, question answering and multiple choice (for which PEFT has no task type) the whole task head
-            is added: everything outside the backbone.
+        modules_to_save: modules trained and saved whole beside the masks. A new task head is added, whatever the task:
+            everything outside the backbone, and what else was not in the checkpoint. A head of which `target_modules`
+            names every linear layer is masked instead; `[]` says that nothing is to be trained whole.
         head: `"trained"`, or the paper's `"masked"`: the whole task head, which the base model has no weights for, is
             overwritten with random ones (`random_weight`), frozen, and its linear layers are masked, whatever
             `target_modules` says, and so is a pooler before it, whatever `layers_to_transform` says. Nothing but masks
