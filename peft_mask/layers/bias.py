@@ -62,6 +62,10 @@ class LayerWithBias(MaskLayer):
         elif mask is not None and adapter_name in mask.available_adapters:
             mask.delete_adapter(adapter_name)  # left of one that was refused
 
+    def parts(self) -> tuple[nn.Module, ...]:
+        mask = self._bias_mask()
+        return super().parts() if mask is None else (*super().parts(), *mask.parts())
+
     def _bias_mask(self) -> Bias | None:
         return getattr(self, "bias_mask", None)
 

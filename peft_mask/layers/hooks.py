@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_mask.layers.diffusers_hooks import hooked_by_diffusers
+from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KINDS = (
@@ -32,6 +32,27 @@ def call_with_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, 
     if any(getattr(module, hooks) for hooks in _HOOKS):
         forward = _Double(module, forward)
     return forward(*args, **kwargs)
+
+
+def parts_in_use(base: nn.Module, parts: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Return a context in which the tensors of a base layer's mask are there, which nobody calls by themselves.
+
+    Args:
+        base: the base layer, whose own hooks of torch and accelerate are for `call_with_hooks`.
+        parts: containers of scores, bits and positions, which accelerate or diffusers may have offloaded.
+    """
+    hooked = with_hooks_of_diffusers((base, *parts))
+    offloaded = [part for part in parts if getattr(part.__dict__.get("_hf_hook"), "offload", False)]
+    return _brought(offloaded, hooked) if offloaded else hooked
+
+
+@contextmanager
+def _brought(parts: Sequence[Any], also: AbstractContextManager[None]) -> Iterator[None]:
+    with also, ExitStack() as stack:
+        for part in parts:
+            part._hf_hook.pre_forward(part)
+            stack.callback(part._hf_hook.post_forward, part, None)
+        yield
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
 from peft_mask.layers.bits import BitsDict, check_not_traced
 from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
-from peft_mask.layers.hooks import call_with_hooks
+from peft_mask.layers.hooks import call_with_hooks, parts_in_use
 from peft_mask.layers.reading import NoWeight
 from peft_mask.layers.rows import BASE, adapters_of_batch, forward_rows
 from peft_mask.layers.scored_layer import ScoredLayer
@@ -72,10 +72,9 @@ class MaskLayer(ScoredLayer):
         """Names of the adapters that this layer has scores or bits of."""
         return self._get_available_adapters()
 
-    @property
-    def hooked_parts(self) -> tuple[nn.Module, ...]:
-        """What holds the tensors that it computes with, and may be hooked to bring them."""
-        return self.get_base_layer(), self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
+    def parts(self) -> tuple[nn.Module, ...]:
+        """Return what holds the tensors that its masks are made of."""
+        return self.peft_mask_scores, self.peft_mask_bits, self.peft_mask_positions
 
     @property
     def in_features(self) -> int:
@@ -176,7 +175,7 @@ class MaskLayer(ScoredLayer):
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Call the base layer as it would be with its weight under these adapters, its hooks included."""
-        with with_hooks_of_diffusers(self.hooked_parts):
+        with parts_in_use(self.get_base_layer(), self.parts()):
             return call_with_hooks(self.base_layer, partial(self._compute, adapter_names), *args, **kwargs)
 
     def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -221,12 +220,13 @@ class MaskLayer(ScoredLayer):
         """
         parameter = self.stored.parameter
         names = set(self.active_adapters) if self._applies_masks() else set()
-        # who runs a mixed batch has hooked the layer
-        if self._forward_pre_hooks and not self.disable_adapters and not self.merged:
-            names = set(adapters_of_batch() or names)
+        # who runs a mixed batch has hooked the layer; else it is not asked, for torch.compile cannot follow
+        hooked = self._forward_pre_hooks and not self.disable_adapters and not self.merged
+        batch = adapters_of_batch() if hooked else None
+        names = set(batch or names)
         if names.isdisjoint(self._get_available_adapters()) or not is_whole(parameter):
             return parameter
-        if adapters_of_batch() and len(names) > 1:
+        if batch and len(names) > 1:
             return NoWeight(
                 parameter,
                 f"cannot mix adapters in one batch: the model reads the weight of a {self._get_name()} instead of "
@@ -247,6 +247,6 @@ class MaskLayer(ScoredLayer):
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:
     """Return a context in which the base weight of an offloaded layer is there; costs nothing for the others."""
-    if hooked := hooked_by_diffusers(layer.hooked_parts):
+    if hooked := hooked_by_diffusers((layer.get_base_layer(), *layer.parts())):
         return with_hooks_of_diffusers(hooked)
     return onload_layer(layer) if layer.stored.device.type == "meta" else nullcontext()

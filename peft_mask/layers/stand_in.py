@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peft_mask.layers.hooks import parts_in_use
 from peft_mask.layers.linear import Linear
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.settings.config import MaskConfig
@@ -76,7 +77,10 @@ class MultiheadAttention(_StandIn):
         return StoredWeight(self.get_base_layer(), "in_proj_weight")
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        with self.stored.replaced_by(self.masked_weight(adapter_names)):
+        with (
+            parts_in_use(self.get_base_layer(), self.parts()),
+            self.stored.replaced_by(self.masked_weight(adapter_names)),
+        ):
             return self.base_layer(*args, **kwargs)
 
     def unmerge(self) -> None:
@@ -128,7 +132,10 @@ class ParamWrapper(_StandIn):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.stored.device)
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        with self.stored.replaced_by(self.masked_weight(adapter_names)):
+        with (
+            parts_in_use(self.get_base_layer(), self.parts()),
+            self.stored.replaced_by(self.masked_weight(adapter_names)),
+        ):
             return self.base_layer(*args, **kwargs)
 
 

@@ -63,7 +63,8 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     - With a `task_type` that has a head: all that stands outside the backbone, and what else is new.
     - Without a `task_type`: what is new in a model that has something outside its backbone, other than a language
       model. If that is not known, all outside the backbone of a class whose name says that it has the head of a task.
-      A part whose every linear layer is named in `target_modules` is masked instead.
+      A part whose every linear layer is named in `target_modules` is masked instead, unless it is known to be new: a
+      mask of weights that nobody keeps could not be loaded.
 
     `modules_to_save=[]` says that nothing is to be trained and saved whole: nothing is added then, and nothing said.
     """
@@ -76,11 +77,12 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     if new is None and of_a_task and not outside:
         parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
         outside = [name for name in parts if name in (*USUAL_HEADS, "fc", "head")] or ["(the task head)"]
-    head = outside if new is None else new
+    head, masked = outside if new is None else new, list[str]()
     if with_task:
         wanted = [*outside, *(name for name in new or [] if not _within(name, outside))]
     elif config.task_type is None and not speaks and (of_a_task or (new is not None and outside)):
-        parts = [name for name in _without_containers(model, head) if not _is_masked_whole(model, name, config)]
+        masked = [name for name in head if new is None and _is_to_be_masked(model, name, config)]
+        parts = list(_without_containers(model, (name for name in head if name not in masked)))
         wanted = [name for name in parts if _names_no_others(model, name, parts)]
     else:
         wanted = []
@@ -88,7 +90,7 @@ def train_new_head(model: nn.Module, config: MaskConfig) -> None:
     taken = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
     added = [name for name in wanted if name not in saved and (with_task or not _overlaps(name, taken))]
     config.modules_to_save = [*saved, *added] or config.modules_to_save
-    cared_for = [*taken, *added, *(name for name in head if _is_masked_whole(model, name, config))]
+    cared_for = [*taken, *added, *masked]
     left = [name for name in head if not _within(name, cared_for) and not _all_below(model, name, cared_for)]
     if left and (new is not None or not (speaks or _PRETRAINED.search(class_name))):
         warnings.warn(
@@ -149,9 +151,9 @@ def _without_containers(model: nn.Module, names: Iterable[str]) -> Iterator[str]
             yield name
 
 
-def _is_masked_whole(model: nn.Module, name: str, config: MaskConfig) -> bool:
+def _is_to_be_masked(model: nn.Module, name: str, config: MaskConfig) -> bool:
     """Whether a user's `target_modules` name every linear layer of a part of the head, so that it is to be masked."""
-    if config.target_modules is None or config.target_modules == "all-linear":
+    if config.target_modules is None or f"{config.target_modules}".lower() == "all-linear":
         return False
     linear = [
         below for below, module in model.named_modules() if _within(below, [name]) and isinstance(module, nn.Linear)

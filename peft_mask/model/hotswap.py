@@ -54,6 +54,11 @@ def hotswap_adapter(
             f"the adapter in '{model_name_or_path}' has trained {beside} beside its masks, the loaded one {replaced}: "
             "load it under another name with load_adapter."
         )
+    if new.trainable_token_indices != old.trainable_token_indices:
+        raise ValueError(
+            f"the adapter in '{model_name_or_path}' has trained the tokens {new.trainable_token_indices}, the loaded "
+            f"one {old.trainable_token_indices}: load it under another name with load_adapter."
+        )
     state = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
     own = check_own_shapes(model, adapter_name, state)
     if new.checksums is not None:  # `model` has the configuration of the adapter that is replaced

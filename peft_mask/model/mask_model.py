@@ -258,7 +258,8 @@ def _combined_config(configs: list[MaskConfig], layers: Mapping[str, MaskLayer])
     return dataclasses.replace(
         configs[0],
         inference_mode=True,
-        # parts of what a module masks carry its name already, and target_parameters are the same for all
+        # parts of what a module masks carry its name already, and all that have target_parameters have the same
+        target_parameters=next((config.target_parameters for config in configs if config.target_parameters), None),
         target_modules={
             name
             for name, layer in layers.items()

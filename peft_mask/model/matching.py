@@ -52,8 +52,8 @@ def check_names(model: nn.Module, config: MaskConfig, found_here: bool = False) 
     Raises:
         NoMatchingPeftModuleError: if nothing is called as `target_modules` and `target_parameters` say.
     """
-    modules = [name for name, _ in outermost_modules(model)]
-    parameters = [f"{name}.{parameter}" for name, _, parameter in _own_parameters(model)]
+    modules = [plain_name(name) for name, _ in outermost_modules(model)]
+    parameters = [f"{plain_name(name)}.{parameter}" for name, _, parameter in _own_parameters(model)]
     parameters_called = _names(config.target_parameters)
     modules_called = [] if found_here else _names(config.target_modules)
     in_vain = {
@@ -127,8 +127,8 @@ def apply_restrictions(model: nn.Module, config: MaskConfig) -> None:
         return
     anywhere = copy.copy(config)
     anywhere.layers_to_transform = None
-    modules = [name for name, _ in matched_modules(model, anywhere)]
-    parameters = [(name, parameter) for name, _, parameter in matched_parameters(model, anywhere)]
+    modules = [plain_name(name) for name, _ in matched_modules(model, anywhere)]
+    parameters = [(plain_name(name), parameter) for name, _, parameter in matched_parameters(model, anywhere)]
     kept = {name for name, _ in parameters} - set(_excluded(model, config))
     if config.layers_to_transform is not None and (modules or kept):
         exact = set() if isinstance(config.target_modules, str) else set(config.target_modules or ())
@@ -145,7 +145,7 @@ def apply_restrictions(model: nn.Module, config: MaskConfig) -> None:
             config.target_modules = set(modules)
     if kept != {name for name, _ in parameters}:
         config.target_parameters = sorted(f"{name}.{parameter}" for name, parameter in parameters if name in kept)
-        if others := {name for name, _, _ in matched_parameters(model, config)} - kept:
+        if others := {plain_name(name) for name, _, _ in matched_parameters(model, config)} - kept:
             raise ValueError(
                 f"the parameters of {sorted(others)} are to be left out, but end in the names of others, by which "
                 "PEFT would find them, too: name what is to be masked in target_parameters."
@@ -184,7 +184,7 @@ def _excluded(model: nn.Module, config: MaskConfig) -> Iterator[str]:
     alone = copy.copy(config)
     alone.target_modules, alone.exclude_modules, alone.modules_to_save = config.exclude_modules or set(), None, None
     alone.layers_to_transform = None
-    return (name for name, _ in matched_modules(model, alone))
+    return (plain_name(name) for name, _ in matched_modules(model, alone))
 
 
 def _inside_blocks(model: nn.Module, config: MaskConfig, targets: list[str]) -> set[str]:

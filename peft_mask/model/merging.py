@@ -12,6 +12,7 @@ from torch import nn
 from peft_mask.layers.diffusers_hooks import check_can_write
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.embeddings import thaw
+from peft_mask.model.replicas import spare_no_more
 
 
 def mask_layers(model: nn.Module) -> Iterator[MaskLayer]:
@@ -74,6 +75,7 @@ class MergedAdapters(BaseTuner):
             self.unmerge_adapter()
         unloaded = cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
         thaw(unloaded)
+        spare_no_more(unloaded)
         return unloaded
 
     def _is_merged(self, adapter_name: str) -> bool:

@@ -58,10 +58,15 @@ def fill_reference(model: nn.Module, masks: Mapping[MaskLayer, torch.Tensor]) ->
 @torch.no_grad()
 def copy_beside(model: nn.Module, source: str, target: str) -> None:
     """Copy what an adapter has beside its masks to another one: heads, token embeddings, a resized vocabulary."""
-    for path, module in embeddings_of(model).items():
-        own: Any = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else {}
-        if source in own and target not in own:
-            bring_in(model, target, {path: dict(own[source].state_dict())})
+    whole: dict[str, Any] = {
+        path: module.modules_to_save
+        for path, module in embeddings_of(model).items()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    brought = {
+        path: dict(own[source].state_dict()) for path, own in whole.items() if source in own and target not in own
+    }
+    bring_in(model, target, brought)  # together, so that tied ones stay one tensor
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict()

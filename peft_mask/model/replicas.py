@@ -17,6 +17,9 @@ _PREFIXES = ("", "model.", "base_model.model.")  # of DDP around the base model,
 _ODD = -0x61C8864680B583EB  # the golden ratio's, of 64 bits
 
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
+
+
 class SameEverywhere:
     """The names of a model's positions and packed masks, if they are the same in all processes; else no names.
 
@@ -39,8 +42,14 @@ class SameEverywhere:
 
 def spare_replicas(model: nn.Module) -> None:
     """Let DDP around a base model, or around what PEFT makes of it, send none of the adapters' buffers without need."""
-    if not hasattr(model, "_ddp_params_and_buffers_to_ignore"):  # else its owner has said what to leave alone
-        model._ddp_params_and_buffers_to_ignore = SameEverywhere(model)  # type: ignore[assignment]
+    if not hasattr(model, _IGNORED):  # else its owner has said what to leave alone
+        setattr(model, _IGNORED, SameEverywhere(model))
+
+
+def spare_no_more(model: nn.Module) -> None:
+    """Leave nothing of `spare_replicas` on a model that has no adapters any more."""
+    if isinstance(model.__dict__.get(_IGNORED), SameEverywhere):
+        delattr(model, _IGNORED)
 
 
 def _is_same_everywhere(model: nn.Module, tensors: list[torch.Tensor]) -> bool:

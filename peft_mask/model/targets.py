@@ -54,6 +54,8 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     else:
         train_new_head(model, config)
     found_here = resolve_default(model, config)
+    if isinstance(config.target_modules, (set, list)):
+        config.target_modules = {plain_name(name) for name in config.target_modules}
     if not config.is_saved:
         check_names(model, config, found_here)
     apply_restrictions(model, config)
@@ -62,7 +64,8 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
     if config.head == "masked":
         pooler = f"{cast(PreTrainedModel, model).base_model_prefix}.pooler"
         matched = {plain_name(name) for name, _ in matched_modules(model, config)}
-        config.target_modules = matched | linear_layers(model, (*config.head_names, pooler))
+        head = linear_layers(model, (*config.head_names, pooler))
+        config.target_modules = matched | {plain_name(name) for name in head}
     check_found(model, config)
     matched = {plain_name(name) for name, _ in matched_modules(model, config)}
     if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in matched):
@@ -106,7 +109,7 @@ def leave_out_unmaskable(model: nn.Module, config: MaskConfig) -> None:
         return
     for name, module in matched:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        reason = _reason_by_type(base) or _reason_in_place(model, name, base, tied)
+        reason = _reason_by_type(base) or _reason_in_place(model, name, base, tied, config.mask_biases)
         if reason is None and any(f"{name}.".startswith(f"{one}.") for one in new):
             continue  # `train_new_head` has said so
         if reason is None:
@@ -141,7 +144,7 @@ def checked_shapes(model: nn.Module, config: MaskConfig) -> dict[str, torch.Size
             raise ValueError(
                 f"Target module '{name}' of type {type(base).__name__} is not supported: {reason}. {_WAY_OUT}"
             )
-        if reason := _reason_in_place(model, name, base, tied):
+        if reason := _reason_in_place(model, name, base, tied, config.mask_biases):
             raise ValueError(f"cannot mask '{name}': {reason}. {_WAY_OUT}")
         if isinstance(base, nn.MultiheadAttention):
             _check_here(name, base)
@@ -183,14 +186,16 @@ def _reason_by_type(base: nn.Module) -> str | None:
     return None
 
 
-def _reason_in_place(model: nn.Module, name: str, base: nn.Module, tied: Mapping[nn.Parameter, set[str]]) -> str | None:
+def _reason_in_place(
+    model: nn.Module, name: str, base: nn.Module, tied: Mapping[nn.Parameter, set[str]], biases: bool
+) -> str | None:
     """Return why a module cannot be masked where it stands, or None."""
     if _is_rescaled(model, name):
         return (
             "RWKV rescales its weight in place in evaluation, which would not reach it (rescale_every=0 in the "
             "configuration of the model keeps it from that)"
         )
-    for stored in stored_weights(base, name).values():
+    for stored in stored_weights(base, name, biases).values():
         if others := sorted(tied.get(cast(nn.Parameter, stored.parameter), set()) - {name}):
             return (
                 f"its weight is tied to {listed([repr(other) for other in others], 3)}, which would see it unmasked "

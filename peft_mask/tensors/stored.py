@@ -119,7 +119,7 @@ class StoredWeight:
                 "DeepSpeed."
             )
         if reason := self.reason_not_kept:
-            raise ValueError(f"cannot merge a mask into a {type(self.module).__name__}: {reason}.")
+            raise ValueError(f"cannot reach the {self.name} of a {type(self.module).__name__}: {reason}.")
         return self.parameter.data
 
     def _own_elements(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
@@ -152,3 +153,15 @@ def test_a_layer_whose_forward_was_replaced_is_refused():
     with pytest.raises(ValueError, match=r"'0' of type Linear is not supported: its forward was replaced"):
         get_peft_model(base, MaskConfig(target_modules=["0"]))
     assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("candidates", [0.5, None])
+def test_a_masked_model_that_is_offloaded_afterwards_computes_the_same(candidates):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = MaskConfig(target_modules=["0", "2"], init_weights=False, candidates=candidates, mask_biases=True, seed=0)
+    model = get_peft_model(base, config).eval()
+    x = torch.randn(3, 8)
+    expected = model(x)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(model(x), expected)

@@ -81,6 +81,7 @@ def test_merged_adapters_are_switched_without_compiling_again(tmp_path):
     assert not torch.equal(logits["zero"], logits["one"])
 
 
+@pytest.mark.slow
 def test_a_compiled_peft_model_takes_adapters_as_it_takes_inputs():
     model = get_peft_model(tiny_model("bert"), MaskConfig(**CONFIG)).eval()
     inputs = tiny_inputs(model.get_base_model())
@@ -120,6 +121,7 @@ def test_a_budget_that_grows_is_compiled_once(fields):
     assert len(set(found)) == steps
 
 
+@pytest.mark.slow
 def test_a_budget_is_compiled_for_anew_only_where_it_was_never_as_large():
     model = get_peft_model(tiny_model("bert"), MaskConfig(**CONFIG, seed=0)).eval()
     inputs = tiny_inputs(model.get_base_model())
@@ -140,3 +142,18 @@ def test_a_trace_of_masks_is_refused_and_one_of_merged_weights_right():
     assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
     model.merge_adapter()
     assert torch.equal(torch.jit.trace(model, x)(x), expected)
+
+
+class Reads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 8)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, torch.nn.functional.linear(x, self.layer.weight))[0]
+
+
+def test_a_weight_that_is_read_breaks_no_graph():
+    model = get_peft_model(Reads(), MaskConfig(target_modules=["layer", "attention"], init_weights=False)).eval()
+    assert torch._dynamo.explain(model.base_model.model)(torch.randn(1, 3, 8)).graph_break_count == 0

@@ -274,3 +274,12 @@ def test_a_head_that_is_named_as_a_target_is_masked_and_not_trained_whole(family
         linear = [module for module in classifier.modules() if isinstance(module, torch.nn.Linear)]
         layers = [module for module in classifier.modules() if isinstance(module, MaskLayer)]
         assert [layer.get_base_layer() for layer in layers] == linear
+
+
+@pytest.mark.skipif(not MARKS_WHAT_IT_READS, reason="this transformers does not say what a checkpoint held")
+def test_a_new_head_that_is_named_as_a_target_is_trained_whole_as_no_one_would_keep_its_weights(tmp_path):
+    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=64, **TINY)).save_pretrained(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="classifier"):
+        model = get_peft_model(base, MaskConfig(target_modules=["query", "classifier"]))
+    assert isinstance(model.base_model.model.classifier, ModulesToSaveWrapper)

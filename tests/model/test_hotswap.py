@@ -112,3 +112,11 @@ def test_what_cannot_be_exchanged_is_refused_and_nothing_changes(adapters, tmp_p
     trained = get_peft_model(tiny_model("bert"), MaskConfig(task_type="SEQ_CLS"))
     refuse(trained, folders[1], "'default' is in training")
     assert any(isinstance(module, MaskLayer) for module in trained.modules())
+
+
+def test_rows_of_other_tokens_are_not_exchanged(tmp_path):
+    for name, tokens in (("one", [1, 2]), ("other", [7, 8])):
+        config = MaskConfig(task_type="CAUSAL_LM", trainable_token_indices=tokens)
+        get_peft_model(tiny_model("llama", "lm"), config).save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(tiny_model("llama", "lm"), tmp_path / "one")
+    refuse(model, tmp_path / "other", r"has trained the tokens \[7, 8\], the loaded one \[1, 2\]")

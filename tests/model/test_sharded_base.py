@@ -64,6 +64,7 @@ def work(rank, folder):
     leave()
 
 
+@pytest.mark.slow
 def test_masks_on_a_sharded_base_are_refused_in_words(tmp_path):
     get_peft_model(base(), config(init_weights=False)).save_pretrained(tmp_path / "mask")
     mp.spawn(work, (str(tmp_path),), nprocs=2)

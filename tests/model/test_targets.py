@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from peft_mask import MaskConfig
@@ -275,3 +276,39 @@ def test_what_cannot_be_masked_and_is_named_is_an_error():
         ValueError, match=r"router' of type PhimoeTopKRouter is not supported: PhimoeTopKRouter computes"
     ):
         get_peft_model(base, MaskConfig(target_modules=["q_proj", "router"]))
+
+
+@pytest.mark.parametrize("named", ["all-linear", ["layers.0.0", "layers.1.0"], r"layers\.\d\.0"])
+def test_what_activation_checkpointing_has_wrapped_is_found_by_its_plain_name(named):
+    blocks = nn.ModuleList([checkpoint_wrapper(nn.Sequential(nn.Linear(4, 4))) for _ in range(2)])
+    model = get_peft_model(nn.ModuleDict({"layers": blocks}), MaskConfig(target_modules=named))
+    assert len([module for module in model.modules() if isinstance(module, MaskLayer)]) == 2
+
+
+def test_a_bias_that_two_layers_share_is_refused():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].bias = base[0].bias
+    get_peft_model(copy.deepcopy(base), MaskConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="cannot mask '0': its weight is tied to '1'"):
+        get_peft_model(base, MaskConfig(target_modules=["0"], mask_biases=True))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 4, 4))
+
+
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
+def test_an_adapter_made_of_others_masks_the_parameters_of_any(order):
+    base = nn.ModuleDict({"l": nn.Linear(4, 4), "e": Experts()})
+    model = get_peft_model(base, MaskConfig(target_modules=["l"]), adapter_name="one")
+    model.add_adapter("two", MaskConfig(target_modules=["l"], target_parameters=["e.w"]))
+    model.base_model.add_weighted_adapter(order, [1.0, 1.0], "both")
+    assert len([m for m in model.modules() if isinstance(m, MaskLayer) and "both" in m.available_adapters]) == 2
+
+
+def test_an_unloaded_model_holds_nothing_of_ours():
+    base = nn.Sequential(nn.Linear(4, 4))
+    before = set(vars(base))
+    assert set(vars(get_peft_model(base, MaskConfig(target_modules=["0"])).merge_and_unload())) == before

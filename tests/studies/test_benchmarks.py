@@ -231,6 +231,7 @@ def test_what_is_done_with_an_adapter_grows_with_the_number_of_layers(tmp_path):
         assert four - two == pytest.approx(2 * (two - one), rel=0.1), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
 def test_a_large_matrix_is_packed_coded_and_loaded():
     body, figures = large.matrix((256, 520))
