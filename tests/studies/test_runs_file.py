@@ -146,6 +146,7 @@ def test_a_writer_that_is_killed_leaves_what_it_had_added(runs: RunsFile) -> Non
     writer = _writer(runs.folder, "a", 10**6, True)
     writer.start()
     while not runs.path.exists() or runs.path.stat().st_size < 50_000:
+        assert writer.is_alive()
         time.sleep(0.01)
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()
