@@ -87,6 +87,25 @@ _SIZES = {
     "queries": 8,
 }
 
+_NOT_SMALL = {  # why not -> types; those of the transformers that constraints.txt pins
+    "too large: its sizes stand in lists, or in fields of other names": (
+        "bit blt convnext convnextv2 cvt dots3_note efficientnet flaubert hgnet_v2 levit llama4 perceiver "
+        "poolformer pvt recurrent_gemma regnet resnet seamless_m4t seamless_m4t_v2 textnet vibevoice_asr xlm"
+    ),
+    "needs a library that is not asked for": "dinat gemma3n layoutlmv2 timm_wrapper",
+    "its default configuration, or the one made small, is refused": (
+        "cohere_compass_text dbrx donut-swin dots1 emu3 esm funnel gemma3n_text hunyuan_v1_dense "
+        "hunyuan_v1_moe lfm2_moe ministral musicgen musicgen_melody nemotron neomme reformer swinv2"
+    ),
+    "its sizes do not fit together when made small, or it needs other inputs": (
+        "audio-spectrogram-transformer axk1 axk2 bamba codegen deepseek_v2 deepseek_v3 deepseek_v32 "
+        "dots3_note_text ernie4_5_moe esmc falcon_h1 glm4_moe_lite glm_moe_dsa gptj granitemoehybrid helium "
+        "hy_v4 lilt longcat_flash minicpm3 mistral4 mobilebert sew sew-d siglip siglip2 swin voxtral_realtime "
+        "xmod youtu zamba zamba2"
+    ),
+}
+NOT_SMALL = {name: reason for reason, names in _NOT_SMALL.items() for name in names.split()}
+
 
 class NotSmallError(Exception):
     """Why a type of model cannot be made small by this rule."""

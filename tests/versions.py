@@ -1,5 +1,7 @@
 """What the installed releases of transformers and safetensors can do, for tests that must know."""
 
+from pathlib import Path
+
 import peft
 import safetensors
 import transformers
@@ -17,7 +19,14 @@ def _runs_on_meta() -> bool:
         return False
 
 
+def _pinned(library: str, version: str) -> bool:
+    constraints = Path(__file__).parents[1] / "constraints.txt"  # which comes with no source distribution
+    return constraints.exists() and f"{library}=={version}" in constraints.read_text("utf-8").splitlines()
+
+
 _TRANSFORMERS = Version(transformers.__version__)
+
+PINNED_TRANSFORMERS = _pinned("transformers", transformers.__version__)
 
 LOADS_BY_NAME = Version("5") <= _TRANSFORMERS  # those before load adapters through PEFT's hooks
 MARKS_WHAT_IT_READS = Version("5") <= _TRANSFORMERS  # so that a head that was not in the checkpoint is known

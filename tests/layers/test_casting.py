@@ -136,7 +136,7 @@ def test_a_weight_cast_past_the_model_is_unmerged_in_its_new_dtype():
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
 def test_codes_of_a_merged_quantized_weight_are_not_cast(quant_type):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     linear = nn.Linear(128, 64)
     if quant_type == "int8":
         layer = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)

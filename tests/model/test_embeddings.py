@@ -1,5 +1,6 @@
 """Embeddings of a vocabulary that was resized before training: what is saved is loaded, and stays with its adapter."""
 
+import contextlib
 import json
 
 import pytest
@@ -22,11 +23,13 @@ RECIPES = {
     "tokens of both": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
     "resized alone": {},
 }
-WARNS = "ignore:(?s).*(save_embedding_layers|tie_word_embeddings|ensure_weight_tying|tied).*"
 
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 ties = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-pytestmark = pytest.mark.filterwarnings(WARNS)
+pytestmark = [  # what PEFT says of the recipes, of every method
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +96,14 @@ def test_what_is_saved_is_loaded_to_the_bit(folder, tmp_path, tied, recipe, whol
         before = base.get_input_embeddings().weight.clone()
         loaded = PeftModel.from_pretrained(base, tmp_path).eval()
         assert torch.equal(logits(loaded), expected)
-        again = tmp_path / "again"
-        loaded.save_pretrained(again, save_embedding_layers=whole)
-        assert torch.equal(logits(PeftModel.from_pretrained(resized(folder, tied, 3 - draw), again)), expected) or (
-            not whole
-        )
+        if whole:
+            again = tmp_path / "again"
+            loaded.save_pretrained(again, save_embedding_layers=whole)
+            assert torch.equal(logits(PeftModel.from_pretrained(resized(folder, tied, 3 - draw), again)), expected)
         assert not any(p.requires_grad for n, p in loaded.named_parameters() if "embed" in n and "delta" not in n)
+        embedding = loaded.get_input_embeddings()
+        assert torch.equal(getattr(embedding, "original_module", embedding).weight, before)
         torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
-        assert torch.equal(before, resized(folder, tied, draw).get_input_embeddings().weight)
 
 
 @ties
@@ -168,7 +171,7 @@ def test_an_adapter_made_of_others_has_the_embeddings_of_the_first(folder, tmp_p
 @pytest.mark.parametrize("trainable", [False, True])
 def test_an_embedding_that_came_with_an_adapter_is_never_trained(folder, tmp_path, trainable):
     trained(folder, True, "resized alone").save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="masks without scores") if trainable else pytest.MonkeyPatch.context():
+    with pytest.warns(UserWarning, match="masks without scores") if trainable else contextlib.nullcontext():
         model = PeftModel.from_pretrained(resized(folder, True, 2), tmp_path, is_trainable=trainable)
     model.set_adapter("default")
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -86,7 +86,11 @@ def trained(model):
     }
 
 
-IMAGE = {"pixel_values": torch.rand(2, 3, 8, 8)}
+def drawn(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+IMAGE = {"pixel_values": drawn(2, 3, 8, 8)}
 TEXT = {"input_ids": torch.arange(2, 14).view(2, 6)}
 NEW_HEADS = [
     (AutoModelForImageClassification, "vit", {"classifier"}, IMAGE),
@@ -96,8 +100,8 @@ NEW_HEADS = [
     (AutoModelForTokenClassification, "roberta", {"classifier"}, TEXT),
     (AutoModelForQuestionAnswering, "bert", {"qa_outputs"}, TEXT),
     (AutoModelForMultipleChoice, "bert", {"classifier"}, {"input_ids": TEXT["input_ids"].view(1, 2, 6)}),
-    (AutoModelForSemanticSegmentation, "segformer", {"decode_head"}, {"pixel_values": torch.rand(1, 3, 16, 16)}),
-    (AutoModelForAudioClassification, "wav2vec2", {"projector", "classifier"}, {"input_values": torch.rand(1, 64)}),
+    (AutoModelForSemanticSegmentation, "segformer", {"decode_head"}, {"pixel_values": drawn(1, 3, 16, 16)}),
+    (AutoModelForAudioClassification, "wav2vec2", {"projector", "classifier"}, {"input_values": drawn(1, 64)}),
 ]
 
 

@@ -11,8 +11,6 @@ from peft_mask import MaskConfig
 from peft_mask.model.names import named_as_in, plain_name
 from tests.tiny_models import tiny_inputs, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
-
 
 def masked(base):
     torch.manual_seed(1)

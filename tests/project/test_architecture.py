@@ -23,7 +23,7 @@ HEAVY = {
     "benchmarks",
     "attacks",
 }
-HEAVY_PARTS = {"torch._inductor", "peft_mask.kernels", "peft_mask.analysis", "peft_mask.cli"}
+HEAVY_PARTS = {"torch._inductor", "peft_mask.analysis"}
 
 
 def test_imports_point_in_one_direction(capsys):

@@ -80,7 +80,6 @@ HOOKS = [
     Hook(TUNER + "_replace_module", "also puts task heads of several layers back", ours=MODEL),
     Hook(TUNER + "inject_adapter", "then makes room for records that are loaded by name", ours=MODEL),
     Hook(TUNER + "_cast_adapter_dtype", "gives scores the dtype of scores_dtype", ours=MODEL),
-    Hook(TUNER + "_check_target_module_exists", "asks of names without what wrappers put into them", ours=MODEL),
     Hook(TUNER + "_inject_parameters", "knows wrappers of parameters by their class's name", says='"ParamWrapper"'),
     Hook(
         "peft.tuners.tuners_utils:check_target_module_exists",
@@ -321,7 +320,7 @@ def parameters_of(function):
 def test_what_is_relied_on_is_there(hook):
     library = hook.place.partition(":")[0].partition(".")[0]
     if library == "bitsandbytes":
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if hook.needs and version(library) not in Requirement(hook.needs).specifier:
         pytest.skip(f"needs {hook.needs}")
     gone = f"{library} {version(library)}: {hook.place}, of which peft_mask makes this use: {hook.use}"

@@ -171,7 +171,7 @@ def test_rows_of_a_mixed_batch_are_those_of_their_adapters_alone():
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_base_in_four_bits_is_trained_on_and_merged_into_its_codes(kind):
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
     first, relu, second = nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64)
     quantized = []

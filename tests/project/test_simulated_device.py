@@ -72,7 +72,7 @@ def test_a_device_computes_what_the_cpu_does_and_meets_no_other(fast, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_four_bits_meet_no_other_device(tmp_path_factory, name):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     check(report(tmp_path_factory, "slow", sorted(SLOW))["scenarios"][name])
 
 

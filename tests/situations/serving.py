@@ -37,6 +37,7 @@ def mixed_batch(method: Method, folder: Path) -> bool:
     "The same with beams that stand in `generation_config`: the rows of each adapter",
     lora="refused",
     mask="right",
+    lora_refusal="Length of `adapter_names` should be the same as the number of inputs",
 )
 def beams_in_the_configuration(method: Method, folder: Path) -> bool:
     model, _ = two(method, folder)
@@ -83,7 +84,14 @@ def traced(method: Method, folder: Path) -> bool:
         return torch.allclose(torch.jit.trace(model, (x,), check_trace=False)(x), logits(model))
 
 
-@situation(PART, "Use a name that no adapter has: an error", lora="refused", mask="refused", refusal="nobody")
+@situation(
+    PART,
+    "Use a name that no adapter has: an error",
+    lora="refused",
+    mask="refused",
+    lora_refusal="Adapter nobody not found",
+    refusal="Adapter nobody not found",
+)
 def unknown_name(method: Method, folder: Path) -> bool:
     model = get_peft_model(classifier(), method.changed(task_type="SEQ_CLS"))
     model.set_adapter("nobody")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,8 @@ class Situation:
         told: what somebody does, in a sentence that ends in what is right.
         lora: how it ends with LoRA; "wrong" is wrong without an error.
         mask: how it ends with a mask.
-        refusal: what the mask's error says, where it is refused.
+        lora_refusal: what LoRA's error says, where it is refused; a pattern.
+        refusal: what the mask's error says, where it is refused; a pattern.
         do: does it in a folder and returns whether the result was right; errors are refusals.
         slow: whether it takes more than a few seconds.
     """
@@ -36,9 +37,14 @@ class Situation:
     told: str
     lora: Outcome
     mask: Outcome
+    lora_refusal: str
     refusal: str
     do: Callable[[Method, Path], bool]
     slow: bool = False
+
+    def refusal_of(self, method: str) -> str:
+        """What the error of one method says; empty where there is none."""
+        return self.lora_refusal if method == "lora" else self.refusal
 
     @property
     def verdict(self) -> str:
@@ -60,20 +66,27 @@ SITUATIONS: list[Situation] = []
 
 
 def situation(
-    part: str, told: str, *, lora: Outcome, mask: Outcome, refusal: str = "", slow: bool = False
+    part: str,
+    told: str,
+    *,
+    lora: Outcome,
+    mask: Outcome,
+    lora_refusal: str = "",
+    refusal: str = "",
+    slow: bool = False,
 ) -> Callable[[Callable[[Method, Path], bool]], Callable[[Method, Path], bool]]:
     """Make a row of the function below."""
 
     def add(do: Callable[[Method, Path], bool]) -> Callable[[Method, Path], bool]:
-        SITUATIONS.append(Situation(part, told, lora, mask, refusal, do, slow))
+        SITUATIONS.append(Situation(part, told, lora, mask, lora_refusal, refusal, do, slow))
         return do
 
     return add
 
 
-def page() -> str:
+def page(rows: Sequence[Situation]) -> str:
     """The table in Markdown."""
-    verdicts = [row.verdict for row in SITUATIONS]
+    verdicts = [row.verdict for row in rows]
     better, equal, worse = (verdicts.count(verdict) for verdict in ("better", "equal", "worse"))
     lines = [
         "# What people do every day",
@@ -81,11 +94,11 @@ def page() -> str:
         "Each row was met by somebody with an adapter of some method. A test tries it with LoRA and with a mask, on a",
         "tiny model, and holds both to what stands here. *Refused* is an error; *wrong* is wrong without one.",
         "",
-        f"In {len(SITUATIONS)} situations a mask ends better than LoRA {better} times, alike {equal}, worse {worse}.",
+        f"In {len(rows)} situations a mask ends better than LoRA {better} times, alike {equal}, worse {worse}.",
     ]
-    for part in dict.fromkeys(row.part for row in SITUATIONS):
+    for part in dict.fromkeys(row.part for row in rows):
         lines += ["", f"## {part}", "", "| situation | LoRA | mask |", "|---|---|---|"]
-        lines += [f"| {row.told} | {row.lora} | {_bold(row)} |" for row in SITUATIONS if row.part == part]
+        lines += [f"| {row.told} | {row.lora} | {_bold(row)} |" for row in rows if row.part == part]
     return "\n".join(lines) + "\n"
 
 

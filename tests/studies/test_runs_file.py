@@ -126,11 +126,15 @@ def _add_many(folder: Path, task: str, count: int, tidy: bool) -> None:
             runs.tidy()
 
 
+# Python 3.12 and later say it of a fork where there are threads
+forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
 def _writer(*arguments: object) -> ForkProcess:
     return multiprocessing.get_context("fork").Process(target=_add_many, args=arguments)
 
 
-@pytest.mark.filterwarnings("ignore")  # Python 3.12 and later, of a fork where there are threads
+@forks
 def test_processes_that_write_and_sort_at_once_lose_no_row(runs: RunsFile) -> None:
     processes = [_writer(runs.folder, task, 40, tidy) for task, tidy in (("a", False), ("b", True), ("c", True))]
     for process in processes:
@@ -141,11 +145,12 @@ def test_processes_that_write_and_sort_at_once_lose_no_row(runs: RunsFile) -> No
     assert list(runs.read()) == [(task, float(i)) for task in "abc" for i in range(40)]
 
 
-@pytest.mark.filterwarnings("ignore")
+@forks
 def test_a_writer_that_is_killed_leaves_what_it_had_added(runs: RunsFile) -> None:
     writer = _writer(runs.folder, "a", 10**6, True)
     writer.start()
     while not runs.path.exists() or runs.path.stat().st_size < 50_000:
+        assert writer.is_alive()
         time.sleep(0.01)
     os.kill(writer.pid, signal.SIGKILL)
     writer.join()

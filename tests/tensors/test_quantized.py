@@ -15,7 +15,7 @@ from peft_mask import MaskConfig, create_mask_optimizer, saliency_candidates
 from peft_mask.layers.mask_layer import MaskLayer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it does not find
-bnb = pytest.importorskip("bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 FORMATS = {
     "nf4": {"quant_type": "nf4", "compress_statistics": False},
