@@ -234,6 +234,8 @@ class MaskLayer(ScoredLayer):
             )
         if reason := self.peft_mask_bits.reason_not_filled(names):
             return NoWeight(parameter, reason)
+        if any(scores.is_meta for name, scores in self.peft_mask_scores.items() if name in names):
+            return NoWeight(parameter, f"the adapters {sorted(names)} have no scores yet: load them first.")
         return self.masked_weight(sorted(names))
 
     @property

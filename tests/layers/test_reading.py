@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -177,3 +177,12 @@ def test_weights_that_rwkv_would_rescale_in_place_are_left_out_or_refused():
             assert torch.equal(masked(input_ids=ids).logits, logits)
     with pytest.raises(ValueError, match=r"cannot mask 'rwkv.blocks.0.attention.output': RWKV rescales its weight in"):
         get_peft_model(model(), MaskConfig(target_modules=["attention.output"]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"binarizer": "threshold", "candidates": None}])
+def test_a_layer_whose_scores_are_yet_to_be_loaded_says_what_its_weight_is_like(fields):
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "first": nn.Linear(8, 8)})
+    inject_adapter_in_model(MaskConfig(target_modules=["attention", "first"], **fields), base, low_cpu_mem_usage=True)
+    assert (base["first"].weight.dtype, base["first"].weight.device.type) == (torch.float32, "cpu")
+    with pytest.raises(ValueError, match="have no scores yet"):
+        base["first"].weight + 1
