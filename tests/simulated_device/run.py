@@ -22,6 +22,7 @@ import torch  # isort: skip
 import transformers  # isort: skip
 
 from peft_mask.scores.functional import masked_linear  # isort: skip
+from tests.processes import leave  # isort: skip
 from tests.simulated_device import waiting  # isort: skip
 from tests.simulated_device.scenarios import SCENARIOS  # isort: skip
 
@@ -111,3 +112,4 @@ def main(report: Path, *names: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    leave()  # the device's threads may still hold a tensor while the interpreter goes down
