@@ -49,11 +49,11 @@ class Linear(LayerWithBias):
     ) -> torch.Tensor:
         """Apply `weight` under the scores of those adapters that are trained."""
         for adapter_name in trained[1:]:
-            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
+            weight = masked_weight(weight, *self._trained(adapter_name))
         if not trained:
             return F.linear(x, weight.t() if self._transposed else weight, bias)
-        scores, mask, positions = self._scores_in_force(trained[0])
-        return masked_linear(x, weight, scores, bias, mask, positions, transposed=self._transposed)
+        scores, *mask = self._trained(trained[0])
+        return masked_linear(x, weight, scores, bias, *mask, transposed=self._transposed)
 
 
 class QuantizedLinear(Linear):

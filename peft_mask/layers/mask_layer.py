@@ -170,7 +170,7 @@ class MaskLayer(ScoredLayer):
         """Return the base weight under the product of these adapters' masks; gradients reach their scores."""
         weight, trained = self._under_bits(adapter_names)
         for adapter_name in trained:
-            weight = masked_weight(weight, *self._scores_in_force(adapter_name))
+            weight = masked_weight(weight, *self._trained(adapter_name))
         return weight
 
     def _forward_under(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_mask.layers.bits import check_not_traced
 from peft_mask.layers.casting import Integers, Scores
+from peft_mask.layers.found import Found
 from peft_mask.layers.merging import MergingLayer
 from peft_mask.layers.resting import Rest, Resting
 from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
@@ -28,6 +29,7 @@ class ScoredLayer(MergingLayer):
         self._rules: dict[str, Rule] = {}
         self._versions: dict[str, int] = {}  # of scores when they were made, as autograd counts changes
         self._resting = Resting()
+        self.found = Found()
 
     def add_scores(self, adapter_name: str, config: MaskConfig, name: str, weight: torch.Tensor) -> None:
         """Give an adapter the scores it starts with."""
@@ -49,6 +51,7 @@ class ScoredLayer(MergingLayer):
         self._rules.pop(adapter_name, None)
         self._resting.begin(adapter_name, Rest())
         self._versions.pop(adapter_name, None)
+        self.found.forget()
 
     @property
     def mask_shape(self) -> torch.Size:
@@ -82,6 +85,14 @@ class ScoredLayer(MergingLayer):
         """Return how many weights the mask of an adapter is held to until it is trained, or None."""
         return self._resting.zeros(adapter_name)
 
+    def zeros_in_force(self, adapter_name: str) -> int | None:
+        """Return how many single weights a budget switches off now; None if there is no budget of such."""
+        rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
+        if not rule.by_position:
+            return None
+        zeros = cast(int, rule.zeros)
+        return zeros if most is None else min(zeros, most)
+
     def scores_changed(self, adapter_name: str) -> bool:
         """Return whether the scores of an adapter were trained, set or loaded since they were made."""
         return _version(self.peft_mask_scores[adapter_name]) != self._versions.get(adapter_name)
@@ -92,6 +103,7 @@ class ScoredLayer(MergingLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # what `to`, `cuda` and the like come down to
+        self.found.forget()
         for adapter_name, scores in self.peft_mask_scores.items():
             self._rules[adapter_name] = self.rule(adapter_name).to(scores.device)
         return self
@@ -130,6 +142,19 @@ class ScoredLayer(MergingLayer):
             drawn = self.training and most is None
             mask = rule.mask_in_training(scores.detach()) if drawn else rule.mask(scores.detach(), most)
         return rule.estimator(scores), mask, positions
+
+    def _trained(
+        self, adapter_name: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return scores, mask, positions, and where the mask is off if that is known in place of the mask."""
+        rule = self.rule(adapter_name)
+        if not rule.by_position:
+            return *self._scores_in_force(adapter_name), None
+        check_not_traced()
+        scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
+        most = self.zeros_at_rest(adapter_name)
+        off = self.found.off(adapter_name, scores.device, lambda: rule.off(scores, positions, self.mask_shape, most))
+        return self._resting.until_trained(adapter_name, scores), None, positions, off
 
 
 def _version(parameter: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_mask.format.combine import CombinationType, check_votes, combined_mask
 from peft_mask.format.packing import pack_bits
+from peft_mask.layers.ahead import found_ahead
 from peft_mask.layers.bias import Bias
 from peft_mask.layers.drawn_head import draw_head
 from peft_mask.layers.mask_layer import MaskLayer
@@ -209,13 +210,14 @@ class MaskModel(MergedAdapters, ScoredAdapters):
             layer.peft_mask_bits.fill(adapter_name, bits)
         copy_beside(self.model, adapters[0], adapter_name)
 
-    # ---- mixed batches ----
+    # ---- around a forward pass, and around `generate` ----
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT asks this of a method that can mix adapters in one batch, and drops `adapter_names` silently otherwise.
         if (adapter_names := kwargs.get("adapter_names")) is None:
-            yield
+            with found_ahead(self.model):
+                yield
             return
         with rows_of(self.model, adapter_names, copies_in_generation(self.model, kwargs)):
             yield

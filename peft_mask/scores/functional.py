@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_mask.format.packing import pack_bits, unpack_bits
 from peft_mask.scores.binarize import binarize_threshold, threshold_of
-from peft_mask.tensors.elements import put, take
+from peft_mask.tensors.elements import put, take, without
 
 
 def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -74,9 +74,15 @@ def per_unit(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def _masked(
-    weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    off: torch.Tensor | None,
 ) -> torch.Tensor:
     """`weight` under its scores: the threshold's mask, or the one given, of all blocks or of weights at `positions`."""
+    if off is not None:
+        return without(weight, off)
     if mask is None and positions is None and scores.shape == weight.shape:
         return apply_scores(weight, scores)
     if mask is None:
@@ -94,8 +100,7 @@ def _score_gradient(
 ) -> torch.Tensor:
     """`dL/d(W * M) * W`, summed over each block, or of weights at `positions`; `grad` may be overwritten."""
     if positions is not None:
-        index = positions.long()
-        grad, weight = take(grad, index), take(weight, index)
+        grad, weight = take(grad, positions), take(weight, positions)
     elif scores.shape != weight.shape:
         return per_unit(grad.mul_(weight), scores.shape).to(scores.dtype)
     return grad.to(scores.dtype).mul_(weight)
@@ -118,19 +123,20 @@ class _MaskedWeight(torch.autograd.Function):
         scores: torch.Tensor,
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
+        off: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scores, _to_bits(mask), positions)
-        return _masked(weight, scores, mask, positions)
+        ctx.save_for_backward(weight, scores, _to_bits(mask), positions, off)
+        return _masked(weight, scores, mask, positions, off)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, scores, bits, positions = ctx.saved_tensors
+        weight, scores, bits, positions, off = ctx.saved_tensors
         mask = _from_bits(bits, scores.shape)
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
-        grad_weight = _masked(grad, scores, mask, positions) if needs_weight else None
+        grad_weight = _masked(grad, scores, mask, positions, off) if needs_weight else None
         grad_scores = _score_gradient(grad.clone(), weight, scores, positions) if needs_scores else None
-        return grad_weight, grad_scores, None, None
+        return grad_weight, grad_scores, None, None, None
 
 
 def masked_weight(
@@ -138,6 +144,7 @@ def masked_weight(
     scores: torch.Tensor,
     mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    off: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mask a weight by its scores: `W * M`, by default with `M = scores >= 0`.
 
@@ -151,13 +158,15 @@ def masked_weight(
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
         positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
             are kept.
+        off: (n,) integer tensor in place of `mask`, where in the row-major `weight` it is off (see `elements.without`);
+            only if each score governs one weight.
 
     Returns:
         Tensor of the shape and dtype of `weight`. If `weight` requires a gradient, its off entries get zero.
 
     Source: Zhao et al. 2020, section 3; the estimator is Piggyback's (Mallya et al. 2018).
     """
-    return _MaskedWeight.apply(weight, scores, mask, positions)
+    return _MaskedWeight.apply(weight, scores, mask, positions, off)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -170,11 +179,12 @@ class _MaskedLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
+        off: torch.Tensor | None,
         transposed: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions)
+        ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions, off)
         ctx.transposed = transposed
-        masked = _masked(weight, scores, mask, positions)
+        masked = _masked(weight, scores, mask, positions, off)
         output = F.linear(x, masked.t() if transposed else masked, bias)
         # a view of two dimensions as it is, which autograd would not let anyone change in place after a function
         return torch.ops.aten._unsafe_view(output, output.shape)
@@ -182,26 +192,26 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, scores, bits, positions = ctx.saved_tensors
+        x, weight, scores, bits, positions, off = ctx.saved_tensors
         mask = _from_bits(bits, scores.shape)
         needs_x, needs_weight, needs_scores, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_scores = grad_bias = None
         if needs_x:
             # Under autocast the product ran in the dtype of `grad`, and so does its backward.
-            masked = _masked(weight, scores, mask, positions).to(grad.dtype)
+            masked = _masked(weight, scores, mask, positions, off).to(grad.dtype)
             grad_x = (grad @ (masked.t() if ctx.transposed else masked)).to(x.dtype)
             del masked  # of the weight's size, as is what comes next
         if needs_scores or needs_weight:
             columns = x.reshape(-1, x.shape[-1]).to(grad.dtype)
             product = columns.t() @ rows if ctx.transposed else rows.t() @ columns
             if needs_weight:
-                grad_weight = _masked(product, scores, mask, positions).to(weight.dtype)
+                grad_weight = _masked(product, scores, mask, positions, off).to(weight.dtype)
             if needs_scores:
                 grad_scores = _score_gradient(product, weight, scores, positions)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None, None
 
 
 def masked_linear(
@@ -211,14 +221,15 @@ def masked_linear(
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    off: torch.Tensor | None = None,
     *,
     transposed: bool = False,
 ) -> torch.Tensor:
     """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, by default with `M = scores >= 0`.
 
     Equal to `masked_linear_reference` in value and gradients, but nothing of the weight's size is kept for the backward
-    pass: `x`, `weight` and `scores` are saved by reference, `mask` in bits, and `W * M` is formed again. With
-    `positions` only the scores' gradient is ever stored; `(dL/dy)^T x` lives as long as this layer's backward.
+    pass: `x`, `weight` and `scores` are saved by reference, the mask in bits or as `off`, and `W * M` is formed again.
+    With `positions` only the scores' gradient is ever stored; `(dL/dy)^T x` lives as long as this layer's backward.
 
         dL/dx      = dL/dy (W * M)
         dL/dscores = (dL/dy)^T x * W          (straight-through: also where the weight is off)
@@ -233,6 +244,7 @@ def masked_linear(
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
         positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
             are kept.
+        off: (n,) integer tensor in place of `mask` (see `masked_weight`).
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
 
     Returns:
@@ -243,7 +255,7 @@ def masked_linear(
 
     Source: Zhao et al. 2020, section 3.
     """
-    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, transposed)
+    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, off, transposed)
 
 
 def masked_linear_reference(
@@ -253,9 +265,10 @@ def masked_linear_reference(
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    off: torch.Tensor | None = None,
     *,
     transposed: bool = False,
 ) -> torch.Tensor:
     """The readable twin of `masked_linear`: same shapes, same values, same gradients; keeps `W * M` for backward."""
-    masked = masked_weight(weight, scores, mask, positions)
+    masked = masked_weight(weight, scores, mask, positions, off)
     return F.linear(x, masked.t() if transposed else masked, bias)

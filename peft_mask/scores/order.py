@@ -22,7 +22,7 @@ def lowest(values: torch.Tensor, count: int, below: float = torch.inf) -> torch.
     if count <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
     limit = nth_lowest(flat, count).clamp(max=below)
-    if _in_numpy(flat):
+    if is_in_numpy(flat):
         under, at = flat < limit, flat == limit
         marked, ties = under.numpy(), np.flatnonzero(at.numpy())
         marked[ties[: count - np.count_nonzero(marked)]] = True
@@ -45,15 +45,55 @@ def lowest_among(values: torch.Tensor, count: torch.Tensor, most: int, below: fl
     if (most := min(most, flat.numel())) <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
     ascending = flat.topk(most, largest=False, sorted=True).values
-    limit = ascending.index_select(0, (count - 1).clamp(0, most - 1).view(1)).squeeze(0)
+    limit = ascending.index_select(0, (count - 1).clamp(0, most - 1).view(1))
     return _up_to(flat, _unless_nan(limit).clamp(max=below), count).view(values.shape)
 
 
-def _up_to(flat: torch.Tensor, limit: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """Mark what is below a limit, and the first of those at it: `count` in all, if there are as many."""
-    under, at = flat < limit, flat == limit
-    rank = at.cumsum(0, dtype=index_dtype(flat.numel()))
-    return under | (at & (rank <= count - under.sum()))
+def lowest_positions(
+    values: torch.Tensor, count: int | torch.Tensor, most: int, below: float = torch.inf
+) -> torch.Tensor:
+    """Return where `lowest(row, count, below)` is True in each row of values, without reading anything back.
+
+    Args:
+        values: two dimensions, as for `lowest`. Of several rows each has `most` values that are not NaN, or its
+            positions and those of the others have no meaning.
+        count: as for `lowest`; in a tensor without dimensions only for a single row.
+        most: the largest count, from 1 to the number of columns.
+        below: as for `lowest`.
+
+    Returns:
+        int64 of shape (rows, most). If fewer are marked, the number of columns stands for the rest.
+    """
+    values = values.detach()
+    rows, columns = values.shape
+    ascending = values.topk(most, largest=False, sorted=not isinstance(count, int)).values
+    if isinstance(count, int):
+        limit = ascending.amax(1, keepdim=True)
+    else:
+        limit = ascending.index_select(1, (count - 1).clamp(0, most - 1).view(1))
+    marked = _up_to(values, _unless_nan(limit), count)
+    found = _true_positions(marked.view(-1), rows * most).view(rows, most)
+    if rows > 1:
+        found = found - torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
+    there = found.clamp(0, columns - 1)
+    is_low = values.gather(1, there) <= below
+    return torch.where(is_low & (found == there), found, columns)
+
+
+def _true_positions(marked: torch.Tensor, size: int) -> torch.Tensor:
+    """Return where a mask of one dimension is True, in a tensor of a given length; its own length stands for none."""
+    try:
+        return torch.nonzero_static(marked, size=size, fill_value=marked.numel()).squeeze(1)
+    except NotImplementedError:  # on CUDA before torch 2.7, on others until later; this waits for the device
+        found = marked.nonzero().squeeze(1)[:size]
+        return torch.nn.functional.pad(found, (0, size - len(found)), value=marked.numel())
+
+
+def _up_to(values: torch.Tensor, limit: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Mark what is below a limit, and the first of those at it: `count` in all of a row, if there are as many."""
+    under, at = values < limit, values == limit
+    rank = at.cumsum(-1, dtype=index_dtype(values.shape[-1]))
+    return under | (at & (rank <= count - under.sum(-1, keepdim=True)))
 
 
 def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
@@ -63,7 +103,7 @@ def nth_lowest(values: torch.Tensor, n: int) -> torch.Tensor:
         values: one dimension, any floating dtype; NaN counts as infinity.
         n: from 1 to their number.
     """
-    if _in_numpy(values):
+    if is_in_numpy(values):
         # a copy also because FSDP2 frees the scores' storage, which could not be resized once numpy had seen it
         numbers = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True).numpy()
         numbers.partition(n - 1)
@@ -77,5 +117,6 @@ def _unless_nan(value: torch.Tensor) -> torch.Tensor:
     return value.where(~value.isnan(), torch.inf)
 
 
-def _in_numpy(values: torch.Tensor) -> bool:
+def is_in_numpy(values: torch.Tensor) -> bool:
+    """Return whether numpy puts these values in order."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()

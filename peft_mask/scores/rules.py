@@ -6,6 +6,7 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -13,6 +14,7 @@ from peft_mask.format.packing import bits_from_positions, pack_bits
 from peft_mask.scores.binarize import binarize_bernoulli, binarize_groups, binarize_threshold, binarize_topk, bounded
 from peft_mask.scores.budget import budget_zeros
 from peft_mask.scores.functional import per_weight
+from peft_mask.scores.off import off_positions
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
 from peft_mask.settings.options import Binarizer
@@ -112,6 +114,25 @@ class Rule:
         if self.group is not None:
             return binarize_groups(scores, *self.group, self.dimension)
         return binarize_threshold(scores)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether a mask is best known by the few weights that are off: those of a budget of single weights."""
+        return self.budget is not None and math.prod(self.unit) == 1
+
+    def off(
+        self, scores: torch.Tensor, positions: torch.Tensor | None, shape: torch.Size, most: int | None = None
+    ) -> torch.Tensor:
+        """Return where `mask(scores, most)` is off, as positions in a weight of this shape (see `off_positions`).
+
+        Only with `by_position`.
+        """
+        budget = cast(Budget, self.budget)
+        if most is None and torch.compiler.is_compiling():
+            zeros = budget.tensor.to(scores.device)
+            return off_positions(scores, positions, shape.numel(), zeros, budget.most)
+        count = budget.zeros if most is None else min(budget.zeros, most)
+        return off_positions(scores, positions, shape.numel(), count, count)
 
     def packed_mask(
         self, scores: torch.Tensor, shape: torch.Size, positions: torch.Tensor | None = None, most: int | None = None

@@ -16,7 +16,7 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.fl
 def _way(request, monkeypatch):
     """Both ways have to find the same: what is done on other devices is done on the CPU here."""
     if request.param == "on a device":
-        monkeypatch.setattr(order, "_in_numpy", lambda values: False)
+        monkeypatch.setattr(order, "is_in_numpy", lambda values: False)
 
 
 @given(VALUES, DTYPES, st.integers(0, 35), st.sampled_from([math.inf, 0.0, -1.5]))
