@@ -99,6 +99,14 @@ METHODS: dict[str, Method | Probe] = {
         # one rate, any rate: with a budget only the order of the scores matters
         Method("mask", f"MaskConfig(), {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
         Method("growing-mask", f"{GROWING_NOTE}, {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,), grow),
+        Method(
+            "quarter-mask",
+            f"{GROWING_NOTE}, gradient_tokens=0.25, {STEPS_NOTE}; {HEAD_NOTE}",
+            mask(gradient_tokens=0.25),
+            mask_adamw,
+            (5e-4,),
+            grow,
+        ),
         *map(smaller_mask, (0.0017, 0.0007)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         *map(lora_row, (16, 8, 4, 2, 1)),

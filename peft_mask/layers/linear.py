@@ -53,7 +53,8 @@ class Linear(LayerWithBias):
         if not trained:
             return F.linear(x, weight.t() if self._transposed else weight, bias)
         scores, *mask = self._trained(trained[0])
-        return masked_linear(x, weight, scores, bias, *mask, transposed=self._transposed)
+        tokens = self.rule(trained[0]).tokens if self.training else 1.0
+        return masked_linear(x, weight, scores, bias, *mask, transposed=self._transposed, tokens=tokens)
 
 
 class QuantizedLinear(Linear):

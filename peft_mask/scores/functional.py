@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_mask.format.packing import pack_bits, unpack_bits
 from peft_mask.scores.binarize import binarize_threshold, threshold_of
+from peft_mask.scores.voters import telling_tokens
 from peft_mask.tensors.elements import put, take, without
 
 
@@ -181,9 +182,10 @@ class _MaskedLinear(torch.autograd.Function):
         positions: torch.Tensor | None,
         off: torch.Tensor | None,
         transposed: bool,
+        tokens: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions, off)
-        ctx.transposed = transposed
+        ctx.transposed, ctx.tokens = transposed, tokens
         masked = _masked(weight, scores, mask, positions, off)
         output = F.linear(x, masked.t() if transposed else masked, bias)
         # a view of two dimensions as it is, which autograd would not let anyone change in place after a function
@@ -203,15 +205,18 @@ class _MaskedLinear(torch.autograd.Function):
             grad_x = (grad @ (masked.t() if ctx.transposed else masked)).to(x.dtype)
             del masked  # of the weight's size, as is what comes next
         if needs_scores or needs_weight:
-            columns = x.reshape(-1, x.shape[-1]).to(grad.dtype)
-            product = columns.t() @ rows if ctx.transposed else rows.t() @ columns
+            voting, columns = rows, x.reshape(-1, x.shape[-1])
+            if ctx.tokens < 1 and not needs_weight:
+                voting, columns = telling_tokens(rows, columns, ctx.tokens)
+            columns = columns.to(grad.dtype)
+            product = columns.t() @ voting if ctx.transposed else voting.t() @ columns
             if needs_weight:
                 grad_weight = _masked(product, scores, mask, positions, off).to(weight.dtype)
             if needs_scores:
                 grad_scores = _score_gradient(product, weight, scores, positions)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None, None, None
 
 
 def masked_linear(
@@ -224,6 +229,7 @@ def masked_linear(
     off: torch.Tensor | None = None,
     *,
     transposed: bool = False,
+    tokens: float = 1.0,
 ) -> torch.Tensor:
     """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, by default with `M = scores >= 0`.
 
@@ -246,6 +252,8 @@ def masked_linear(
             are kept.
         off: (n,) integer tensor in place of `mask` (see `masked_weight`).
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
+        tokens: fraction of the tokens, at most 1, whose terms make up the gradient of the scores (see
+            `telling_tokens`); where only its sign is used, fewer will do.
 
     Returns:
         (..., out) tensor. Autocast applies to it as to `torch.nn.functional.linear`.
@@ -255,7 +263,7 @@ def masked_linear(
 
     Source: Zhao et al. 2020, section 3.
     """
-    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, off, transposed)
+    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, off, transposed, tokens)
 
 
 def masked_linear_reference(

@@ -63,6 +63,7 @@ class Rule:
         dimension: along which its groups lie.
         key: what tells the draws of `"bernoulli"` apart from those of other layers and seeds.
         unit: the block of the weight that one score governs.
+        tokens: fraction of the tokens whose gradients a layer uses in training, where it can choose.
     """
 
     binarizer: Binarizer
@@ -71,6 +72,7 @@ class Rule:
     dimension: int = -1
     key: int = 0
     unit: tuple[int, ...] = ()
+    tokens: float = 1.0
 
     def units(self, shape: torch.Size) -> int:
         """Return how many scores a weight of this shape has, if all of it has some."""
@@ -175,4 +177,5 @@ def rule_for(config: MaskConfig, name: str, shape: torch.Size, dimension: int | 
     """
     unit = unit_shape(shape, config.structure, dimension, config.head_size)
     key = zlib.crc32(f"{config.seed}/{name}".encode())
-    return Rule(config.binarizer, None, config.group, -1 if dimension is None else dimension, key, unit)
+    axis = -1 if dimension is None else dimension
+    return Rule(config.binarizer, None, config.group, axis, key, unit, config.gradient_tokens)

@@ -97,6 +97,9 @@ class MaskConfig(PeftConfig):
         threshold: the paper's tau, which shifts the starting scores of `"uniform"`; scores are stored relative to it.
         scores_dtype: `"float32"`, or `"bfloat16"` for half the memory; in bfloat16 train with
             `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
+        gradient_tokens: fraction of the tokens of a batch from whose gradients the scores of linear layers learn: in
+            each layer those with the largest. By default 1, all of them. Of gradients `"topk"` uses the signs alone,
+            which a part of the tokens tells; less has no meaning for others.
         structure: what one score governs. `"weight"`: a single weight; `"row"`: what makes one output, `"column"`: what
             reads one input; `"head"`: the rows of an attention head, of the query, key and value projections that
             `target_modules` names; `"matrix"`: a whole matrix. All but the first have no single weights as
@@ -146,6 +149,7 @@ class MaskConfig(PeftConfig):
     candidates: float | None = field(default=UNSET, metadata={"help": "Fraction of weights with scores; None: all."})
     candidate_rule: CandidateRule = field(default="magnitude", metadata={"help": "Which weights have scores."})
     scores_dtype: ScoresDtype = field(default="float32", metadata={"help": "Dtype of the scores in training."})
+    gradient_tokens: float = field(default=UNSET, metadata={"help": "Fraction of tokens whose gradients are used."})
     mask_biases: bool = field(default=False, metadata={"help": "Mask the biases of masked layers, too."})
     structure: Structure = field(default="weight", metadata={"help": "What one score governs."})
     head_size: int | None = field(default=None, metadata={"help": "Outputs of an attention head."})

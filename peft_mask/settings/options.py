@@ -27,6 +27,7 @@ LARGEST_GROUP = 32  # weights of an N:M group
 DEFAULT_SPARSITY = 0.005
 DEFAULT_CANDIDATES = 0.1
 DEFAULT_PATTERN = "2:4"
+DEFAULT_TOKENS = 1.0
 UNSET: Any = "auto"  # the default of a field that follows from the others where it is not given
 
 
@@ -59,6 +60,8 @@ def fill_in(config: Any) -> None:
         more = isinstance(sparsity, float) and sparsity > DEFAULT_CANDIDATES
         all_of_them = more or config.structure != "weight" or config.binarizer == "n:m"
         config.candidates = None if all_of_them else DEFAULT_CANDIDATES
+    if config.gradient_tokens == UNSET:
+        config.gradient_tokens = DEFAULT_TOKENS if config.binarizer == "topk" else 1.0
 
 
 def _binarizer_for(config: Any) -> str:
@@ -117,6 +120,7 @@ def check_options(config: Any) -> None:
             'to train the head after it was masked: leave task_type out, or set head="trained".'
         )
     _check_budget(config)
+    _check_tokens(config)
     _check_pattern(config)
     _check_structure(config)
     _check_biases(config)
@@ -152,6 +156,15 @@ def _check_budget(config: Any) -> None:
                 f"target_sparsity={config.target_sparsity} cannot be reached with candidates={config.candidates}, of "
                 "which all would be off: raise candidates, or set it to None."
             )
+
+
+def _check_tokens(config: Any) -> None:
+    check_number("gradient_tokens", config.gradient_tokens, above=0.0, most=1.0)
+    if config.gradient_tokens < 1 and config.binarizer != "topk":
+        raise ValueError(
+            f'gradient_tokens={config.gradient_tokens} needs binarizer="topk", which uses the signs of '
+            f"gradients alone; with binarizer={config.binarizer!r} their size counts, too. Leave one of them out."
+        )
 
 
 def _check_pattern(config: Any) -> None:
