@@ -26,9 +26,8 @@ from peft_mask.model.native import make_room, record_sizes
 from peft_mask.model.reference import copy_beside, fill_reference, is_reference, masks_to_refer_to, reference_config
 from peft_mask.model.replicas import spare_replicas
 from peft_mask.model.saving import checksums_of, records_of_adapter
-from peft_mask.model.scored import ScoredAdapters, fullest_sparsity, known_to_readers
+from peft_mask.model.scored import ScoredAdapters, sparsity_aimed_at
 from peft_mask.model.targets import checked_shapes, resolve_targets
-from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
 
 
@@ -71,13 +70,8 @@ class MaskModel(MergedAdapters, ScoredAdapters):
                     f"new one {sorted(ours)}."
                 )
         shapes = checked_shapes(self.model, peft_config)
-        if peft_config.target_bytes is not None and peft_config.target_sparsity is None and shapes:
-            among = known_to_readers(peft_config)
-            peft_config.target_sparsity = sparsity_for_bytes(
-                lambda sparsity: expected_bytes(shapes, sparsity, among),
-                peft_config.target_bytes,
-                fullest_sparsity(peft_config),
-            )
+        if shapes:
+            peft_config.target_sparsity = sparsity_aimed_at(peft_config, shapes)
         if peft_config.head == "masked":
             draw_head(self.model, peft_config.head_names, peft_config.head_seed)
         return peft_config

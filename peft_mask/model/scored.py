@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.names import plain_name
 from peft_mask.model.saving import adapter_bytes
-from peft_mask.scores.budget import sparsity_for_bytes
+from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import check_can_change
 
@@ -217,6 +217,20 @@ def _checked_scores(adapter_name: str, module: str, layer: MaskLayer, scores: to
 def largest_sparsity(config: MaskConfig) -> float:
     """Return the largest sparsity that an adapter can have."""
     return 1.0 if config.candidates is None else config.candidates
+
+
+def sparsity_aimed_at(config: MaskConfig, shapes: Mapping[str, Sequence[int]]) -> float | None:
+    """Return the sparsity that a configuration gives to masks of these shapes, by name: as it says, or for its bytes.
+
+    Raises:
+        ValueError: if `target_bytes` is out of reach.
+    """
+    if config.target_bytes is None or config.target_sparsity is not None:
+        return config.target_sparsity
+    among = known_to_readers(config)
+    return sparsity_for_bytes(
+        lambda sparsity: expected_bytes(shapes, sparsity, among), config.target_bytes, fullest_sparsity(config)
+    )
 
 
 def known_to_readers(config: MaskConfig) -> float:

@@ -36,7 +36,7 @@ def off_positions(
         return torch.empty(0, dtype=index_dtype(numel), device=scores.device)
     if isinstance(zeros, int) and is_in_numpy(flat):
         found = torch.from_numpy(np.flatnonzero(lowest(flat, zeros, below).numpy()))
-        return found if positions is None else positions.index_select(0, found)
+        return found.to(index_dtype(numel)) if positions is None else positions.index_select(0, found)
     found = lowest_positions(flat.unsqueeze(0), most if isinstance(zeros, int) else zeros, most, below)
     return _in_the_weight(found, [positions], len(flat), numel)[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -55,6 +57,21 @@ def absolute_sum(tensor: torch.Tensor) -> torch.Tensor:
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return whole(torch.linalg.vector_norm(tensor, ord=1, dtype=dtype))
+
+
+def absolute_sums(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `absolute_sum` of each tensor, of all that lie on one device in one operation."""
+    sums: dict[int, torch.Tensor] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor) or is_taken_away(tensor) or tensor.is_sparse:
+            sums[index] = absolute_sum(tensor)
+        else:
+            alike[tensor.device, tensor.dtype].append(index)
+    for (_, dtype), indices in alike.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        sums |= zip(indices, torch._foreach_norm([tensors[i] for i in indices], 1, dtype=wide), strict=True)
+    return [sums[index] for index in range(len(tensors))]
 
 
 def sum_over_processes(values: list[torch.Tensor]) -> list[torch.Tensor]:

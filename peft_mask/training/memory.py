@@ -15,7 +15,9 @@ from peft_mask.format.packing import index_dtype
 from peft_mask.layers.linear import Linear
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.model.matching import matched_modules, matched_parameters
+from peft_mask.model.scored import sparsity_aimed_at
 from peft_mask.model.targets import resolve_targets
+from peft_mask.scores.budget import budget_zeros
 from peft_mask.scores.candidates import candidate_count
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
@@ -32,9 +34,9 @@ class TrainingMemory:
         scores: scores and the positions of their weights.
         gradients: of scores and head.
         optimizer: what the optimizer remembers of scores and head.
-        activations: what autograd keeps for the backward pass, the masks among it: a bit for each score, unless each is
-            compared with the threshold anew. Of a model that checkpoints activations: the inputs of its blocks, and
-            what the block keeps that keeps most while it is computed again.
+        activations: what autograd keeps for the backward pass, the masks among it: the positions that a budget has
+            off, else a bit for each score, unless each is compared with the threshold anew. Of a model that checkpoints
+            activations: the inputs of its blocks, and what the block keeps that keeps most while it is computed again.
         transient: W * M or `(dL/dy)^T x` of the largest layer, the only ones of its size at any time, and its indices;
             and the gradients of the largest activation and its neighbor.
     """
@@ -95,23 +97,28 @@ def training_memory(
     if scores_optimizer not in known:
         raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
     state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
-    weights: list[tuple[StoredWeight, int | None, int]] = [  # and how many tensors of its size there are at a time
-        (stored, mask_layer_type(m).input_dimension_of(m), 1 if mask_layer_type(m) is Linear else 2)
+    weights: dict[str, tuple[StoredWeight, int | None, int]] = {  # and how many tensors of its size are held at a time
+        part: (stored, mask_layer_type(m).input_dimension_of(m), 1 if mask_layer_type(m) is Linear else 2)
         for name, m in matched_modules(model, config)
-        for stored in stored_weights(m, name, config.mask_biases).values()
-    ]
-    weights += [(StoredWeight(m, parameter), None, 2) for _, m, parameter in matched_parameters(model, config)]
+        for part, stored in stored_weights(m, name, config.mask_biases).items()
+    }
+    for name, module, parameter in matched_parameters(model, config):
+        weights[name] = StoredWeight(module, parameter), None, 2
+    sparsity = sparsity_aimed_at(config, {name: stored.shape for name, (stored, *_) in weights.items()})
     compared = config.candidates is None and config.binarizer in ("threshold", "sign")
     scores = positions = masks = transient = 0
-    for weight, dimension, at_a_time in weights:
+    for weight, dimension, at_a_time in weights.values():
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
         unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
         own = numel // math.prod(unit) if count is None else count
         scores += own
-        masks += 0 if compared else math.ceil(own / 8)
+        if sparsity is not None and math.prod(unit) == 1:
+            masks += budget_zeros(numel, sparsity) * index_dtype(numel).itemsize
+        elif not compared:
+            masks += math.ceil(own / 8)
         positions += (count or 0) * index_dtype(numel).itemsize
-        indexed = (8 + 2 * weight.value_bytes // numel) * (count or 0)
+        indexed = (itemsize + 2 * weight.value_bytes // numel) * (count or 0)
         transient = max(transient, at_a_time * weight.value_bytes + indexed)
     heads = [
         m
@@ -119,7 +126,7 @@ def training_memory(
         if any(f".{name}".endswith(f".{saved}") for saved in config.modules_to_save or [])
     ]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, [weight.parameter for weight, *_ in weights])
+    kept = _saved_sizes(model, inputs, [weight.parameter for weight, *_ in weights.values()])
     return TrainingMemory(
         parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
         scores=itemsize * scores + positions,

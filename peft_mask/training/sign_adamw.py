@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from peft_mask.tensors.sharded import absolute_sum, is_flattened, sum_over_processes
+from peft_mask.tensors.sharded import absolute_sums, is_flattened, local, sum_over_processes
+from peft_mask.training.sign_steps import SignStep, take
 
 
 class SignAdamW(torch.optim.AdamW):
@@ -44,7 +46,7 @@ class SignAdamW(torch.optim.AdamW):
     Their shrinking is ours (docs/experiments.md).
     """
 
-    _norms_in_backward: tuple[torch.Tensor, ...] = ()  # of gradients that are gone by the time of `step`
+    _norms_in_backward: tuple[Tensor, ...] = ()  # of gradients that are gone by the time of `step`
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
@@ -56,10 +58,12 @@ class SignAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms = {p: absolute_sum(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        graded = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = absolute_sums([cast(Tensor, p.grad) for p in graded])
         if self._in_pieces():
-            norms = dict(zip(norms, sum_over_processes(list(norms.values())), strict=True))
-        if not self._are_finite(norms.values()):
+            norms = sum_over_processes(norms)
+        known = self._read(norms)
+        if not known.isfinite().all():
             warnings.warn(
                 "gradients are NaN or infinite, so the optimizer has skipped the step: no score and no other parameter "
                 "has changed. Once or twice do no harm. If the loss stays NaN, look for batches without labels, lower "
@@ -67,10 +71,8 @@ class SignAdamW(torch.optim.AdamW):
                 stacklevel=2,
             )
             return loss
+        self._step_with(dict(zip(graded, known[len(known) - len(graded) :], strict=True)))
         everything = self.param_groups
-        for index, (place, parameter, size) in enumerate(self._voted_on()):
-            if parameter in norms:
-                self._sign_step(parameter, norms[parameter] / size, everything[place]["lr"], index)
         self.param_groups = [group for group in everything if not group.get("sign")]
         try:
             super().step()
@@ -92,7 +94,7 @@ class SignAdamW(torch.optim.AdamW):
                     if "step" in own:  # which is read in each step; of several processes each loads it to its device
                         own["step"] = own["step"].cpu()
 
-    def _voted_on(self) -> Iterator[tuple[int, torch.Tensor, int]]:
+    def _voted_on(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yield place of the group, parameter and size of what takes sign steps; of a piece, the size of its matrix."""
         for place, group in enumerate(self.param_groups):
             if group.get("sign"):
@@ -144,66 +146,59 @@ class SignAdamW(torch.optim.AdamW):
         for index, (place, parameter, _) in enumerate(self._voted_on()):
             parameter.register_post_accumulate_grad_hook(partial(self._step_and_free, place, index))
 
-    def _step_and_free(self, place: int, index: int, parameter: torch.Tensor) -> None:
-        norm = absolute_sum(cast(torch.Tensor, parameter.grad))
+    def _step_and_free(self, place: int, index: int, parameter: Tensor) -> None:
+        (norm,) = absolute_sums([cast(Tensor, parameter.grad)])
         self._norms_in_backward += (norm,)
-        self._sign_step(parameter, norm / parameter.numel(), self.param_groups[place]["lr"], index)
+        counts = self._counts([parameter], (norm / parameter.numel()).view(1))
+        take([self._sign_step(parameter, self.param_groups[place]["lr"] * counts[0], index)])
         parameter.grad = None
 
-    def _are_finite(self, norms: Iterable[torch.Tensor]) -> bool:
-        """Whether these gradients, and all whose steps were taken since the last call, are finite: one read a step."""
+    def _read(self, norms: Sequence[Tensor]) -> Tensor:
+        """Return numbers of gradients whose steps were taken since the last call, and these, on the CPU.
+
+        It is the one time in a step that the host waits for the device.
+        """
         norms = [*self._norms_in_backward, *norms]
         self._norms_in_backward = ()
-        return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
+        return torch.stack([norm.to(norms[0].device) for norm in norms]).cpu() if norms else torch.empty(0)
+
+    def _step_with(self, norms: Mapping[Tensor, Tensor]) -> None:
+        """Take the sign steps of all parameters of which there are the absolute sums of their gradients."""
+        alike: dict[torch.dtype, list[tuple[Tensor, float, Tensor, int]]] = defaultdict(list)
+        for index, (place, parameter, size) in enumerate(self._voted_on()):
+            if parameter in norms:
+                rate = float(self.param_groups[place]["lr"])
+                alike[parameter.dtype].append((parameter, rate, norms[parameter] / size, index))
+        steps = []
+        for voted in alike.values():
+            parameters, rates, means, indices = zip(*voted, strict=True)
+            counts = self._counts(parameters, torch.stack(means))
+            sizes = (torch.tensor(rates, dtype=counts.dtype) * counts).tolist()
+            steps += [self._sign_step(*each) for each in zip(parameters, sizes, indices, strict=True)]
+        take(steps)
+
+    def _sign_step(self, parameter: Tensor, size: float | Tensor, index: int) -> SignStep:
+        draw = f"{int(self.state[parameter]['step'])}/{index}"  # the same on every process, and after a resume
+        return SignStep(local(parameter), local(cast(Tensor, parameter.grad)), size, draw)
 
     @torch.no_grad()
-    def _sign_step(self, parameter: torch.Tensor, mean: torch.Tensor, lr: float, index: int) -> None:
-        size = lr * self._count_of_vote(parameter, mean)
-        grad = cast(torch.Tensor, parameter.grad)
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            step = int(self.state[parameter]["step"])
-            # hashed, because torch's CPU generator looks at the lowest 32 bits of its seed only
-            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{step}/{index}".encode()))
-            exact = parameter.float().sub_(grad.float().sign_().mul_(size))
-            parameter.copy_(round_stochastically(exact, parameter.dtype, generator))
-        else:
-            parameter.sub_(grad.sign().mul_(size))  # the sign of NaN is 0
+    def _counts(self, parameters: Sequence[Tensor], means: Tensor) -> Tensor:
+        """Return what a step of each parameter counts, c: of the dtype of `means`, between 0 and 1.
 
-    def _count_of_vote(self, parameter: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Return what a step of this parameter counts, c: float32 or float64, no dimensions, between 0 and 1.
-
-        `mean` is g, the mean absolute gradient.
-
-        Of a gradient that is not finite, which only steps in the backward pass meet, it is 0, and G stays what it was.
+        Args:
+            parameters: those that step, of one dtype.
+            means: g of each, its mean absolute gradient, float32 or float64. Where they are, the state is kept. Of a
+                gradient that is not finite, which only steps in the backward pass meet, c is 0, and G stays.
         """
-        # in the dtype of the parameter, to which torch casts what it loads
-        largest = torch.where(mean.isfinite(), mean, 0.0).to(parameter.dtype)
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW wants it
-            state["largest"] = largest
-        state["step"] += 1
-        state["largest"] = torch.maximum(state["largest"], largest)
-        ratio = mean / state["largest"].to(mean.dtype)
-        return torch.where(mean.isfinite(), ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
-
-
-def round_stochastically(
-    values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Round float32 values to one of their two neighbors in a 16-bit dtype, so that the expectation is exact.
-
-    Args:
-        values: float32, any shape.
-        dtype: `torch.bfloat16` or `torch.float16`.
-        generator: of the device of `values`.
-
-    Returns:
-        Tensor of `dtype`. What it can represent is returned as it is; so are infinities and NaN.
-    """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
-    noise = torch.randint(1 << dropped, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    # adding noise below the bits that are kept carries into them with the probability of the part that is dropped
-    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-1 << dropped)
-    rounded = bits.view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(dtype)
+        states = [self.state[parameter] for parameter in parameters]
+        dtype = parameters[0].dtype  # to which torch casts what it loads
+        for state in states:
+            state.setdefault("step", torch.tensor(0.0))  # AdamW wants it
+            state["largest"] = state.get("largest", torch.zeros((), dtype=dtype)).to(means.device)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        finite = means.isfinite()
+        largest = torch.stack([state["largest"] for state in states])
+        largest = torch.maximum(largest, torch.where(finite, means, 0.0).to(dtype))
+        torch._foreach_copy_([state["largest"] for state in states], list(largest.unbind()))
+        ratio = means / largest.to(means.dtype)
+        return torch.where(finite, ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)

@@ -43,8 +43,8 @@ def test_every_part_is_counted(device):
     assert memory.gradients == 4 * weights // 4
     assert memory.optimizer == 0
     values = 4 * 10 * (8 + 16)  # the input, and what ReLU and the second layer share
-    assert memory.activations == values + weights // 4 // 8, "with the masks of the candidates"
-    assert memory.transient == 4 * 128 + 16 * 32 + 2 * 4 * 10 * 16
+    assert memory.activations == values + 4 * (1 + 1), "with the position of the weight that each matrix has off"
+    assert memory.transient == 4 * 128 + (4 + 2 * 4) * 32 + 2 * 4 * 10 * 16
     assert memory.total == sum(vars(memory).values())
     assert str(memory).endswith("total 0 MiB")
 
@@ -64,11 +64,23 @@ def test_dtypes_optimizers_and_dense_scores_change_what_they_should():
     assert memory(candidates=None).gradients == 4 * 192
     assert memory("sign_in_backward", candidates=None).gradients == 0
     values = 4 * 10 * (8 + 16)
-    assert memory(candidates=None).activations == values + 192 // 8
+    assert memory(candidates=None).activations == values + 4 * (1 + 1)
+    assert memory(candidates=None, structure="row").activations == values + 16 // 8 + 1
     assert memory(candidates=None, binarizer="threshold").activations == values, "each score is compared again"
 
 
-@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"candidates": None, "binarizer": "threshold"}])
+OFF_AT_ONCE = {"init_weights": False}  # a budget is spent before the first step
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        OFF_AT_ONCE,
+        {"candidates": None, **OFF_AT_ONCE},
+        {"candidates": None, "structure": "row"},
+        {"candidates": None, "binarizer": "threshold"},
+    ],
+)
 def test_masks_are_counted_where_autograd_keeps_them(fields):
     inputs = {"x": torch.zeros(10, 8)}
     expected = training_memory(Named(), MaskConfig(**CONFIG, **fields), inputs).activations

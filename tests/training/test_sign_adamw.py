@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_mask import MaskConfig, SignAdamW, create_mask_optimizer
-from peft_mask.training.sign_adamw import round_stochastically
+from peft_mask.training.sign_steps import round_stochastically
 
 
 def test_a_sign_step_moves_every_parameter_by_the_learning_rate():
