@@ -52,7 +52,8 @@ def off_positions_of_all(
         numel: number of elements of each matrix.
         zeros: number of zeros of each, at least one.
     """
-    stacked = torch.stack([each.detach().reshape(-1) for each in scores])
+    flat = [each.detach().reshape(-1) for each in scores]
+    stacked = torch.stack(flat) if len(flat) > 1 else flat[0].unsqueeze(0)
     most = min(zeros, stacked.shape[1])
     found = lowest_positions(stacked, most, most, threshold_of(stacked.dtype))
     return _in_the_weight(found, positions, stacked.shape[1], numel).unbind()

@@ -55,14 +55,13 @@ def lowest_positions(
     """Return where `lowest(row, count, below)` is True in each row of values, without reading anything back.
 
     Args:
-        values: two dimensions, as for `lowest`. Of several rows each has `most` values that are not NaN, or its
-            positions and those of the others have no meaning.
-        count: as for `lowest`; in a tensor without dimensions only for a single row.
+        values: two dimensions, as for `lowest`.
+        count: as for `lowest`, at least one; in a tensor without dimensions as for `lowest_among`.
         most: the largest count, from 1 to the number of columns.
         below: as for `lowest`.
 
     Returns:
-        int64 of shape (rows, most). If fewer are marked, the number of columns stands for the rest.
+        int64 of shape (rows, most), in no order. If fewer are marked, the number of columns stands for the rest.
     """
     values = values.detach()
     rows, columns = values.shape
@@ -71,13 +70,18 @@ def lowest_positions(
         limit = ascending.amax(1, keepdim=True)
     else:
         limit = ascending.index_select(1, (count - 1).clamp(0, most - 1).view(1))
-    marked = _up_to(values, _unless_nan(limit), count)
-    found = _true_positions(marked.view(-1), rows * most).view(rows, most)
-    if rows > 1:
-        found = found - torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
-    there = found.clamp(0, columns - 1)
-    is_low = values.gather(1, there) <= below
-    return torch.where(is_low & (found == there), found, columns)
+    limit = _unless_nan(limit).clamp(max=below)
+    under, at = values < limit, values == limit
+    # of all that are under the limit there are fewer than `count` in a row, and so less than `rows * most`
+    under_it = _true_positions(under.view(-1), rows * most)
+    at_it = torch.stack([_true_positions(row, most) for row in at])
+    found = under.sum(1, keepdim=True)
+    place = torch.arange(most, device=values.device)
+    start = found.cumsum(0) - found
+    row = torch.arange(0, rows * columns, columns, device=values.device).unsqueeze(1)
+    in_row = under_it.take((start + place).clamp(max=rows * most - 1)) - row
+    rest = at_it.gather(1, (place - found).clamp(min=0))
+    return torch.where(place < found, in_row, torch.where(place < count, rest, columns))
 
 
 def _true_positions(marked: torch.Tensor, size: int) -> torch.Tensor:

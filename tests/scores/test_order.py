@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_mask.scores import order
-from peft_mask.scores.order import lowest, lowest_among, nth_lowest
+from peft_mask.scores.order import lowest, lowest_among, lowest_positions, nth_lowest
 
-VALUES = st.lists(st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, math.inf, math.nan]), min_size=1, max_size=30)
+NUMBERS = st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, math.inf, math.nan])
+VALUES = st.lists(NUMBERS, min_size=1, max_size=30)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -35,6 +36,21 @@ def test_a_count_that_is_not_read_marks_the_same(values, dtype, count, more, bel
     numbers = torch.tensor(values, dtype=dtype).view(1, -1)
     marked = lowest_among(numbers, torch.tensor(count), count + more, below)
     assert torch.equal(marked, lowest(numbers, count, below))
+
+
+@given(st.data(), DTYPES, st.sampled_from([math.inf, 0.0, -1.5]))
+def test_positions_are_those_that_are_marked_in_each_row(data, dtype, below):
+    columns = data.draw(st.integers(1, 12))
+    rows = data.draw(st.lists(st.lists(NUMBERS, min_size=columns, max_size=columns), min_size=1, max_size=4))
+    count = data.draw(st.integers(1, columns))
+    more = data.draw(st.integers(count, columns))
+    values = torch.tensor(rows, dtype=dtype)
+    for number, most in ((count, count), (torch.tensor(count), more)):
+        found = lowest_positions(values, number, most, below)
+        assert (found.shape, found.dtype) == ((len(rows), most), torch.int64)
+        for row, positions in zip(values, found, strict=True):
+            expected = lowest(row, count, below).nonzero().view(-1).tolist()
+            assert sorted(positions.tolist()) == expected + [columns] * (most - len(expected))
 
 
 @given(VALUES, DTYPES, st.data())

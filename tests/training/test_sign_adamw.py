@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_mask import MaskConfig, SignAdamW, create_mask_optimizer
-from peft_mask.training.sign_steps import round_stochastically
+from peft_mask.training.sign_steps import round_stochastically, rounding_noise
 
 
 def test_a_sign_step_moves_every_parameter_by_the_learning_rate():
@@ -261,19 +261,22 @@ def test_a_closure_is_called_once_and_its_loss_returned():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_to_a_neighbor_and_right_on_average(dtype):
     values = torch.linspace(-1.9, 1.9, 41).repeat(4000, 1)
-    rounded = round_stochastically(values, dtype, torch.Generator().manual_seed(0))
+    rounded = round_stochastically(values, dtype, rounding_noise(values, dtype, torch.Generator().manual_seed(0)))
     assert rounded.dtype == dtype
     step = 2.0 ** (-7 if dtype == torch.bfloat16 else -10)
     assert (rounded.float() - values).abs().max() <= step
     assert (rounded.float().mean(0) - values[0]).abs().max() < step / 30
     exact = values.to(dtype)
-    assert torch.equal(round_stochastically(exact.float(), dtype), exact)
+    assert torch.equal(round_stochastically(exact.float(), dtype, rounding_noise(exact, dtype)), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_that_are_not_finite_stay_what_they_are(dtype):
     values = torch.tensor([float("inf"), -float("inf"), float("nan")])
-    assert torch.equal(round_stochastically(values, dtype).float().nan_to_num(7.0), values.nan_to_num(7.0))
+    assert torch.equal(
+        round_stochastically(values, dtype, rounding_noise(values, dtype)).float().nan_to_num(7.0),
+        values.nan_to_num(7.0),
+    )
 
 
 def test_steps_below_the_precision_of_bfloat16_are_not_lost():
