@@ -264,14 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"\n\nBytes a weight of two matrices of {args.width} x {args.width} in bfloat16, over those of frozen layers."
         "\n\n" + table(header, rows)
     )
-    report(
-        "launches",
-        "Launches and bytes of a training step",
-        body,
-        figures,
-        args.results,
-        "cpu" if args.device == "simulated" else device,
-    )
+    report("launches", "Launches and bytes of a training step", body, figures, args.results, where)
 
 
 if __name__ == "__main__":

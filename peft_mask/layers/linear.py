@@ -60,9 +60,11 @@ class Linear(LayerWithBias):
 class QuantizedLinear(Linear):
     """A masked linear layer whose weight is quantized: it computes with the dequantized weight under the mask.
 
-    The dequantized weight is not kept for the backward pass but made again, so that the model in training takes as
-    little memory as it is quantized for.
+    The dequantized weight is not kept for the backward pass but made again, and positions are packed, so that the model
+    in training takes as little memory as it is quantized for.
     """
+
+    packs_positions = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         backend = quantization_backend(base_layer)

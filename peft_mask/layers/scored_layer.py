@@ -15,12 +15,15 @@ from peft_mask.layers.merging import MergingLayer
 from peft_mask.layers.resting import Rest, Resting
 from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
 from peft_mask.scores.init import initial_scores
+from peft_mask.scores.packed_positions import in_full, pack_positions
 from peft_mask.scores.rules import Rule, rule_for
 from peft_mask.settings.config import MaskConfig
 
 
 class ScoredLayer(MergingLayer):
     """A layer with `peft_mask_scores[adapter]` and, if only candidates have one, `peft_mask_positions[adapter]`."""
+
+    packs_positions = False  # a byte each in place of four, which are unpacked twice a step
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class ScoredLayer(MergingLayer):
         """Give an adapter the scores it starts with."""
         positions = choose_candidates(weight, config, name)
         if positions is not None:
-            self.peft_mask_positions[adapter_name] = positions
+            self.peft_mask_positions[adapter_name] = self.as_kept(positions)
         rule = self._rules[adapter_name] = self.rule_for(config, name)
         scores = initial_scores(weight, config, name, positions, rule.unit)
         self.peft_mask_scores[adapter_name] = nn.Parameter(scores.to(getattr(torch, config.scores_dtype)))
@@ -110,12 +113,20 @@ class ScoredLayer(MergingLayer):
 
     def positions(self, adapter_name: str) -> torch.Tensor | None:
         """Return the positions of the weights that have a score in an adapter, or None if all have."""
+        kept = self._kept_positions(adapter_name)
+        return None if kept is None else in_full(kept, self.mask_shape.numel())
+
+    def _kept_positions(self, adapter_name: str) -> torch.Tensor | None:
         if adapter_name not in self.peft_mask_positions:
             return None
         return cast(torch.Tensor, self.peft_mask_positions[adapter_name])
 
+    def as_kept(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return positions as the layer keeps them: as they are, or packed."""
+        return pack_positions(positions, self.mask_shape.numel()) if self.packs_positions else positions
+
     def checked_candidates(self, adapter_name: str, positions: torch.Tensor, name: str) -> torch.Tensor:
-        """Return positions as an adapter's candidates: ascending, as the layer stores them.
+        """Return positions as an adapter's candidates: ascending, of the dtype and on the device of those it has.
 
         Raises:
             ValueError: if they cannot be its candidates; the message names the module.
@@ -127,9 +138,14 @@ class ScoredLayer(MergingLayer):
     @torch.no_grad()
     def set_candidates(self, adapter_name: str, positions: torch.Tensor) -> None:
         """Give an adapter's scores to the weights at `positions` (see `checked_candidates`), in the same tensors."""
-        current, scores = self.peft_mask_positions[adapter_name], self.peft_mask_scores[adapter_name]
-        scores.copy_(moved_scores(scores, current, positions))
-        current.copy_(positions)
+        scores = self.peft_mask_scores[adapter_name]
+        scores.copy_(moved_scores(scores, cast(torch.Tensor, self.positions(adapter_name)), positions))
+        self.move_positions(adapter_name, positions)
+
+    def move_positions(self, adapter_name: str, positions: torch.Tensor) -> None:
+        """Let an adapter's scores be those of the weights at other positions, as many, in the same tensor."""
+        kept = cast(torch.Tensor, self.peft_mask_positions[adapter_name])
+        kept.copy_(self.as_kept(positions.to(kept.device)))
 
     def _scores_in_force(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Return scores, mask and positions of a trained adapter, as the functions on tensors want to know them."""
@@ -151,10 +167,13 @@ class ScoredLayer(MergingLayer):
         if not rule.by_position:
             return *self._scores_in_force(adapter_name), None
         check_not_traced()
-        scores, positions = self.peft_mask_scores[adapter_name], self.positions(adapter_name)
-        most = self.zeros_at_rest(adapter_name)
-        off = self.found.off(adapter_name, scores.device, lambda: rule.off(scores, positions, self.mask_shape, most))
-        return self._resting.until_trained(adapter_name, scores), None, positions, off
+        scores, most = self.peft_mask_scores[adapter_name], self.zeros_at_rest(adapter_name)
+
+        def find() -> torch.Tensor:
+            return rule.off(scores, self.positions(adapter_name), self.mask_shape, most)
+
+        off = self.found.off(adapter_name, scores.device, find)
+        return self._resting.until_trained(adapter_name, scores), None, self._kept_positions(adapter_name), off
 
 
 def _version(parameter: torch.Tensor) -> int:

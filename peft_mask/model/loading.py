@@ -75,7 +75,7 @@ def state_from_records(
             rebuilt = True
         loaded[f"{path}{SCORES}.{adapter_name}"] = value.to(parameter.dtype)
         if positions is not None:
-            loaded[f"{path}{POSITIONS}.{adapter_name}"] = positions
+            loaded[f"{path}{POSITIONS}.{adapter_name}"] = layer.as_kept(positions)
     first_load = all(layer.peft_mask_bits.is_open(adapter_name) for _, layer in layers.values())
     if config.checksums is not None and first_load:  # else the configuration is not this file's
         trained = {module_name(key): (state_dict[key], ()) for key in state_dict if key.endswith(FOR_TRAINING)}

@@ -96,7 +96,7 @@ def _receive(layer: MaskLayer, adapter_name: str, config: MaskConfig, module_nam
     with torch.no_grad():
         layer.peft_mask_scores[adapter_name].copy_(scores)
         if current is not None and positions is not None:
-            current.copy_(positions)
+            layer.move_positions(adapter_name, positions)
     layer.peft_mask_bits.close(adapter_name)
     if layer.has_budget(adapter_name):  # scores that come yet may be of a budget that was growing, with more below zero
         layer.rest(adapter_name, count_zeros(bits, layer.mask_shape))

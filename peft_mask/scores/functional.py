@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_mask.format.packing import pack_bits, unpack_bits
 from peft_mask.scores.binarize import binarize_threshold, threshold_of
+from peft_mask.scores.packed_positions import in_full
 from peft_mask.scores.voters import telling_tokens
 from peft_mask.tensors.elements import put, take, without
 
@@ -90,7 +91,7 @@ def _masked(
         mask = binarize_threshold(scores)
     if positions is None:
         return apply_mask(weight, per_weight(mask, weight.shape))
-    index = positions.long()
+    index = in_full(positions, weight.numel()).long()
     masked = weight.clone(memory_format=torch.contiguous_format)
     put(masked, index, torch.where(mask, take(masked, index), 0))
     return masked
@@ -101,6 +102,7 @@ def _score_gradient(
 ) -> torch.Tensor:
     """`dL/d(W * M) * W`, summed over each block, or of weights at `positions`; `grad` may be overwritten."""
     if positions is not None:
+        positions = in_full(positions, weight.numel())
         grad, weight = take(grad, positions), take(weight, positions)
     elif scores.shape != weight.shape:
         return per_unit(grad.mul_(weight), scores.shape).to(scores.dtype)
@@ -157,8 +159,8 @@ def masked_weight(
         scores: tensor of the same shape, or of one that divides it: each score then governs a block of the weight, and
             its gradient is the sum over that; or (candidates,) with `positions`.
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
-        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
-            are kept.
+        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong, or that packed (see
+            `pack_positions`); all other weights are kept.
         off: (n,) integer tensor in place of `mask`, where in the row-major `weight` it is off (see `elements.without`);
             only if each score governs one weight.
 
@@ -248,8 +250,8 @@ def masked_linear(
             `positions`; any floating dtype.
         bias: (out,) tensor or None.
         mask: bool tensor of the shape of `scores`, what another rule than the threshold made of them.
-        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong; all other weights
-            are kept.
+        positions: (candidates,) integer tensor, where in the row-major `weight` the scores belong, or that packed (see
+            `pack_positions`); all other weights are kept.
         off: (n,) integer tensor in place of `mask` (see `masked_weight`).
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
         tokens: fraction of the tokens, at most 1, whose terms make up the gradient of the scores (see

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from peft_mask.format.packing import index_dtype
 from peft_mask.layers.linear import Linear
+from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
+from peft_mask.layers.stand_in import ParamWrapper
 from peft_mask.model.matching import matched_modules, matched_parameters
 from peft_mask.model.scored import sparsity_aimed_at
 from peft_mask.model.targets import resolve_targets
 from peft_mask.scores.budget import budget_zeros
 from peft_mask.scores.candidates import candidate_count
+from peft_mask.scores.packed_positions import packed_bytes
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.stored import StoredWeight
@@ -97,29 +100,31 @@ def training_memory(
     if scores_optimizer not in known:
         raise ValueError(f"scores_optimizer must be one of {list(known)}, got {scores_optimizer!r}.")
     state, gradients = known[scores_optimizer]  # bytes a score, and how many gradients of each are held
-    weights: dict[str, tuple[StoredWeight, int | None, int]] = {  # and how many tensors of its size are held at a time
-        part: (stored, mask_layer_type(m).input_dimension_of(m), 1 if mask_layer_type(m) is Linear else 2)
-        for name, m in matched_modules(model, config)
-        for part, stored in stored_weights(m, name, config.mask_biases).items()
+    weights: dict[str, tuple[StoredWeight, nn.Module, type[MaskLayer]]] = {
+        part: (stored, module, mask_layer_type(module))
+        for name, module in matched_modules(model, config)
+        for part, stored in stored_weights(module, name, config.mask_biases).items()
     }
     for name, module, parameter in matched_parameters(model, config):
-        weights[name] = StoredWeight(module, parameter), None, 2
+        weights[name] = StoredWeight(module, parameter), module, ParamWrapper
     sparsity = sparsity_aimed_at(config, {name: stored.shape for name, (stored, *_) in weights.items()})
     compared = config.candidates is None and config.binarizer in ("threshold", "sign")
     scores = positions = masks = transient = 0
-    for weight, dimension, at_a_time in weights.values():
+    for weight, module, kind in weights.values():
         numel = weight.shape.numel()
         count = candidate_count(numel, config)
-        unit = unit_shape(weight.shape, config.structure, dimension, config.head_size)
+        unit = unit_shape(weight.shape, config.structure, kind.input_dimension_of(module), config.head_size)
         own = numel // math.prod(unit) if count is None else count
         scores += own
         if sparsity is not None and math.prod(unit) == 1:
             masks += budget_zeros(numel, sparsity) * index_dtype(numel).itemsize
         elif not compared:
             masks += math.ceil(own / 8)
-        positions += (count or 0) * index_dtype(numel).itemsize
+        if count is not None:
+            positions += packed_bytes(count, numel) if kind.packs_positions else count * index_dtype(numel).itemsize
         indexed = (itemsize + 2 * weight.value_bytes // numel) * (count or 0)
-        transient = max(transient, at_a_time * weight.value_bytes + indexed)
+        of_its_size = 1 if kind is Linear else 2  # tensors at a time
+        transient = max(transient, of_its_size * weight.value_bytes + indexed)
     heads = [
         m
         for name, m in model.named_modules()
