@@ -32,7 +32,7 @@ demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-t
 	$(RUN) -m examples.demo
 
 test: $(READY) ## every test but the slow ones
-	$(RUN) -m pytest -m "not slow" -n logical
+	$(RUN) -m pytest -m "not slow" -n logical --maxprocesses 8
 
 test-slow: $(READY) ## the slow tests
 	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow test was collected

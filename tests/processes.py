@@ -1,12 +1,14 @@
 """Processes that train together on a CPU: how tests start them, and how those end."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 900  # seconds, many times what any of these takes on a slow machine
 
 
 def launch(script: str, *arguments: str, processes: int = 2, kind: str = "ddp") -> str:
@@ -17,14 +19,22 @@ def launch(script: str, *arguments: str, processes: int = 2, kind: str = "ddp") 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     if not kind.startswith("zero"):
         environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
+    started = subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *arguments],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr  # all of it: the launcher's own words come last, and do not say why
-    return done.stdout
+    try:
+        printed, errors = started.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # the launcher's processes wait for one another, and would for ever
+        printed, errors = started.communicate()
+        raise AssertionError(f"not done after {PATIENCE} seconds:\n{printed}\n{errors}") from None
+    assert started.returncode == 0, errors  # all of it: the launcher's own words come last, and do not say why
+    return printed
 
 
 def leave() -> NoReturn:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peft_mask.tensors.sharded import absolute_sums, is_flattened, local, sum_over_processes
 from peft_mask.training.sign_steps import SignStep, take
+from peft_mask.training.uninterrupted import interrupted_afterwards
 
 
 class SignAdamW(torch.optim.AdamW):
@@ -71,13 +72,14 @@ class SignAdamW(torch.optim.AdamW):
                 stacklevel=2,
             )
             return loss
-        self._step_with(dict(zip(graded, known[len(known) - len(graded) :], strict=True)))
-        everything = self.param_groups
-        self.param_groups = [group for group in everything if not group.get("sign")]
-        try:
-            super().step()
-        finally:
-            self.param_groups = everything
+        with interrupted_afterwards():
+            self._step_with(dict(zip(graded, known[len(known) - len(graded) :], strict=True)))
+            everything = self.param_groups
+            self.param_groups = [group for group in everything if not group.get("sign")]
+            try:
+                super().step()
+            finally:
+                self.param_groups = everything
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -149,9 +151,11 @@ class SignAdamW(torch.optim.AdamW):
     def _step_and_free(self, place: int, index: int, parameter: Tensor) -> None:
         (norm,) = absolute_sums([cast(Tensor, parameter.grad)])
         self._norms_in_backward += (norm,)
-        counts = self._counts([parameter], (norm / parameter.numel()).view(1))
-        take([self._sign_step(parameter, self.param_groups[place]["lr"] * counts[0], index)])
-        parameter.grad = None
+        with interrupted_afterwards():
+            counts, (state,) = self._counts([parameter], (norm / parameter.numel()).view(1))
+            take([self._sign_step(parameter, self.param_groups[place]["lr"] * counts[0], state, index)])
+            self.state[parameter] = state
+            parameter.grad = None
 
     def _read(self, norms: Sequence[Tensor]) -> Tensor:
         """Return numbers of gradients whose steps were taken since the last call, and these, on the CPU.
@@ -169,36 +173,42 @@ class SignAdamW(torch.optim.AdamW):
             if parameter in norms:
                 rate = float(self.param_groups[place]["lr"])
                 alike[parameter.dtype].append((parameter, rate, norms[parameter] / size, index))
-        steps = []
+        steps: list[SignStep] = []
+        after: dict[Tensor, dict[str, Tensor]] = {}
         for voted in alike.values():
             parameters, rates, means, indices = zip(*voted, strict=True)
-            counts = self._counts(parameters, torch.stack(means))
+            counts, states = self._counts(parameters, torch.stack(means))
             sizes = (torch.tensor(rates, dtype=counts.dtype) * counts).tolist()
-            steps += [self._sign_step(*each) for each in zip(parameters, sizes, indices, strict=True)]
+            steps += [self._sign_step(*each) for each in zip(parameters, sizes, states, indices, strict=True)]
+            after |= zip(parameters, states, strict=True)
         take(steps)
+        self.state.update(after)  # last: an error before leaves all as it was
 
-    def _sign_step(self, parameter: Tensor, size: float | Tensor, index: int) -> SignStep:
-        draw = f"{int(self.state[parameter]['step'])}/{index}"  # the same on every process, and after a resume
+    def _sign_step(self, parameter: Tensor, size: float | Tensor, state: dict[str, Tensor], index: int) -> SignStep:
+        draw = f"{int(state['step'])}/{index}"  # the same on every process, and after a resume
         return SignStep(local(parameter), local(cast(Tensor, parameter.grad)), size, draw)
 
     @torch.no_grad()
-    def _counts(self, parameters: Sequence[Tensor], means: Tensor) -> Tensor:
-        """Return what a step of each parameter counts, c: of the dtype of `means`, between 0 and 1.
+    def _counts(self, parameters: Sequence[Tensor], means: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return what a step of each parameter counts, c, and the states of the parameters after it.
 
         Args:
             parameters: those that step, of one dtype.
-            means: g of each, its mean absolute gradient, float32 or float64. Where they are, the state is kept. Of a
-                gradient that is not finite, which only steps in the backward pass meet, c is 0, and G stays.
+            means: g of each, its mean absolute gradient, float32 or float64. Of a gradient that is not finite, which
+                only steps in the backward pass meet, c is 0, and G stays.
+
+        Returns:
+            c, of the dtype of `means`, between 0 and 1, where they are; and the states.
         """
-        states = [self.state[parameter] for parameter in parameters]
         dtype = parameters[0].dtype  # to which torch casts what it loads
-        for state in states:
-            state.setdefault("step", torch.tensor(0.0))  # AdamW wants it
-            state["largest"] = state.get("largest", torch.zeros((), dtype=dtype)).to(means.device)
-        torch._foreach_add_([state["step"] for state in states], 1)
+        none = {"step": torch.tensor(0.0), "largest": torch.zeros((), dtype=dtype)}  # AdamW wants a step
+        before = [self.state.get(parameter) or none for parameter in parameters]
         finite = means.isfinite()
-        largest = torch.stack([state["largest"] for state in states])
+        largest = torch.stack([state["largest"].to(means.device) for state in before])
         largest = torch.maximum(largest, torch.where(finite, means, 0.0).to(dtype))
-        torch._foreach_copy_([state["largest"] for state in states], list(largest.unbind()))
         ratio = means / largest.to(means.dtype)
-        return torch.where(finite, ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
+        counts = torch.where(finite, ratio.sqrt().mul_(2.0).nan_to_num_(nan=1.0).clamp_(max=1.0), 0.0)
+        after = [
+            {"step": state["step"] + 1, "largest": value.clone()} for state, value in zip(before, largest, strict=True)
+        ]
+        return counts, after

@@ -91,6 +91,11 @@ def test_a_backward_pass_holds_one_matrix_at_a_time(fast):
     assert weight <= peak < 1.5 * weight  # W * M, then the gradient's product in its place
 
 
+def test_masks_are_looked_for_once_a_step_for_all_matrices_of_a_kind(fast):
+    found = fast["searches"]
+    assert found["searches"] == found["kinds"] < found["matrices"]
+
+
 def test_the_device_raises_and_reports_as_cuda_does(fast):
     rules = fast["rules"]
     assert "found at least two devices" in rules["two devices"]

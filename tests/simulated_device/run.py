@@ -4,7 +4,7 @@
 
 Without names it runs all. `scenarios` holds, for each, what it raised by device, whether results are those of the CPU,
 and its CPU seconds; `waits`, where the host waited, by case and phase; `peak`, the bytes of a layer's backward pass;
-`rules`, what the device itself raises and reports.
+`searches`, how often masks are looked for; `rules`, what the device itself raises and reports.
 """
 
 import json
@@ -20,10 +20,12 @@ from tests.simulated_device.device import NAME, peak_of, waits  # before all tha
 import peft  # isort: skip
 import torch  # isort: skip
 import transformers  # isort: skip
+from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 
 from peft_mask.scores.functional import masked_linear  # isort: skip
 from tests.processes import leave  # isort: skip
 from tests.simulated_device import waiting  # isort: skip
+from tests.simulated_device.models import batch, layers, masked, train  # isort: skip
 from tests.simulated_device.scenarios import SCENARIOS  # isort: skip
 
 
@@ -69,6 +71,26 @@ def peak_of_a_backward_pass() -> dict[str, int]:
     return {"weight": weight.nbytes, "peak": peak_of(lambda: y.backward(torch.ones_like(y)))}
 
 
+def searches_of_a_step() -> dict[str, int]:
+    """How many kinds of matrices a masked model has, and how often their masks are looked for in a step."""
+    model = masked(NAME, "llama")
+    model.get_base_model().gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    optimizer = train(model, NAME)
+    found: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        model(**batch(model, NAME)).loss.backward()
+        optimizer.step()
+    sizes = {layer.mask_shape.numel() for layer in layers(model).values()}
+    return {"kinds": len(sizes), "matrices": len(layers(model)), "searches": found.count("topk")}
+
+
 def rules() -> dict[str, str | int]:
     x, mask = torch.randn(4, 5, device=NAME), torch.ones(4, 5, dtype=torch.bool, device=NAME)
     found = {}
@@ -104,7 +126,8 @@ def main(report: Path, *names: str) -> None:
     found = {name: report_of(run) for name, run in SCENARIOS.items() if name in names or not names}
     with tempfile.TemporaryDirectory() as folder:
         waited = waiting.found(NAME, Path(folder))
-    everything = {"scenarios": found, "waits": waited, "peak": peak_of_a_backward_pass(), "rules": rules()}
+    everything = {"scenarios": found, "waits": waited, "peak": peak_of_a_backward_pass()}
+    everything |= {"searches": searches_of_a_step(), "rules": rules()}
     half = report.with_suffix(".half")
     half.write_text(json.dumps(everything, indent=1))
     half.replace(report)
