@@ -151,7 +151,6 @@ VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "full fine-tuning": full,
     "LoRA r=8": lora,
     "mask": mask(),
-    "mask, all tokens": mask(gradient_tokens=1.0),
     "mask, bf16 scores": mask(scores_dtype="bfloat16"),
 }
 

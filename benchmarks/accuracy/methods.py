@@ -100,9 +100,9 @@ METHODS: dict[str, Method | Probe] = {
         Method("mask", f"MaskConfig(), {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,)),
         Method("growing-mask", f"{GROWING_NOTE}, {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,), grow),
         Method(
-            "quarter-mask",
-            f"{GROWING_NOTE}, gradient_tokens=0.25, {STEPS_NOTE}; {HEAD_NOTE}",
-            mask(gradient_tokens=0.25),
+            "part-mask",
+            f"{GROWING_NOTE}, gradient_tokens=0.4, {STEPS_NOTE}; {HEAD_NOTE}",
+            mask(gradient_tokens=0.4),
             mask_adamw,
             (5e-4,),
             grow,

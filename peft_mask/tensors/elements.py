@@ -34,7 +34,8 @@ def without(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     copy = tensor.new_empty(tensor.numel() + 1)  # the last for the position of none
     kept = copy[:-1].view(tensor.shape)
     kept.copy_(tensor)
-    _bits(copy).index_fill_(0, positions.long(), 0)
+    # torch fills no 8-bit numbers, and its compiler none under a view of another dtype
+    (_bits(copy) if copy.dtype.itemsize == 1 else copy).index_fill_(0, positions.long(), 0)
     return kept
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_mask import MaskConfig, create_mask_optimizer, spend_budget
 from tests.tiny_models import tiny_inputs, tiny_model
@@ -157,3 +158,24 @@ class Reads(torch.nn.Module):
 def test_a_weight_that_is_read_breaks_no_graph():
     model = get_peft_model(Reads(), MaskConfig(target_modules=["layer", "attention"], init_weights=False)).eval()
     assert torch._dynamo.explain(model.base_model.model)(torch.randn(1, 3, 8)).graph_break_count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"gradient_tokens": 0.5}, {"binarizer": "threshold"}], ids=str)
+def test_torchs_own_compiler_trains_what_is_trained_without_it(fields):
+    """Other tests stop where operations are known; here they become code."""
+
+    def trained(compiled):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+        model = get_peft_model(base, MaskConfig(target_modules=["0", "2"], seed=0, **fields))
+        optimizer = create_mask_optimizer(model)
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        torch._dynamo.reset()
+        for _ in range(3):
+            forward(torch.arange(1600.0).view(100, 16).sin()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for name, p in model.named_parameters() if "scores" in name]
+
+    torch.testing.assert_close(trained(True), trained(False))
