@@ -14,7 +14,7 @@ from peft_mask.layers.scored_layer import ScoredLayer
 from peft_mask.scores.off import off_positions_of_all
 from peft_mask.tensors.sharded import has_no_storage, is_whole
 
-_MOST = 2**22  # scores at a time: with more of them launches take no longer than what they compute, and memory counts
+_MOST = 2**20  # scores at a time: of more, launches take no longer than what they compute
 
 
 @contextmanager
