@@ -275,6 +275,11 @@ HOOKS = [
         says="self._gradient_checkpointing_func(partial(",
     ),
     Hook("torch.utils._python_dispatch:TorchDispatchMode", "answers questions about values on the meta device"),
+    Hook("torch:_C._current_graph_task_id", "tells a forward pass that checkpointing repeats in a backward pass"),
+    *(
+        Hook(f"torch:{name}", "moves or sums up many tensors in one operation")
+        for name in ("_foreach_norm", "_foreach_sign", "_foreach_mul_", "_foreach_sub_", "_foreach_copy_")
+    ),
     Hook("torch.utils._pytree:tree_leaves", "finds what a block is given", ("tree",)),
     Hook("torch.utils._pytree:tree_map_only", "cuts what it returns off its past"),
     Hook("torch.nn:Module._apply", "keeps dtypes, and casts what merging has displaced", ours=MERGING_LAYER),
