@@ -51,11 +51,13 @@ def _find(model: nn.Module) -> list[ScoredLayer]:
 
 def _kind(layer: ScoredLayer, adapter_name: str) -> tuple[Any, ...] | None:
     """Return what layers must have in common to be taken together; None: this one finds its own."""
-    scores, positions = layer.peft_mask_scores[adapter_name], layer.positions(adapter_name)
-    zeros = layer.zeros_in_force(adapter_name)
-    if not zeros or scores.device.type == "cpu" or not is_whole(scores) or has_no_storage(scores):
+    scores, zeros = layer.peft_mask_scores[adapter_name], layer.zeros_in_force(adapter_name)
+    if not zeros or not layer.looks_for_zeros:
         return None
-    return scores.device, scores.dtype, positions is None, layer.mask_shape.numel(), scores.numel(), zeros
+    if scores.device.type == "cpu" or not is_whole(scores) or has_no_storage(scores):
+        return None
+    with_positions = adapter_name in layer.peft_mask_positions
+    return scores.device, scores.dtype, with_positions, layer.mask_shape.numel(), scores.numel(), zeros
 
 
 @torch.no_grad()

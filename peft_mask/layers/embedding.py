@@ -21,6 +21,8 @@ class Embedding(MaskLayer):
     no gradient, and neither do its scores.
     """
 
+    looks_for_zeros = False
+
     @staticmethod
     def input_dimension_of(base_layer: nn.Module) -> int | None:
         return None

@@ -24,6 +24,7 @@ class ScoredLayer(MergingLayer):
     """A layer with `peft_mask_scores[adapter]` and, if only candidates have one, `peft_mask_positions[adapter]`."""
 
     packs_positions = False  # a byte each in place of four, which are unpacked twice a step
+    looks_for_zeros = True  # in its whole weight, where a budget has some off
 
     def __init__(self) -> None:
         super().__init__()
