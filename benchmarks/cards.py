@@ -71,8 +71,7 @@ def row(tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def of_mask(shape: dict[str, Any], base: str, variant: str, tokens: int) -> TrainingMemory:
-    fields, optimizer = MASKS[variant]
+def of_mask(shape: dict[str, Any], base: str, fields: dict[str, Any], optimizer: str, tokens: int) -> TrainingMemory:
     return training_memory(llama(shape, base), MaskConfig(task_type="CAUSAL_LM", **fields), row(tokens), optimizer)
 
 
@@ -104,7 +103,7 @@ def estimate(shape: dict[str, Any], base: str, variant: str, tokens: int) -> Tra
         return of_full(shape, tokens)
     if variant == "LoRA r=8":
         return of_lora(shape, base, tokens)
-    return of_mask(shape, base, variant, tokens)
+    return of_mask(shape, base, *MASKS[variant], tokens)
 
 
 def longest(room: float, needs: Callable[[int], int]) -> int:
@@ -155,19 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     largest = args.models[-1]
     held, state = state_rows(LLAMAS[largest])
     body = (
-        "The longest row of tokens, one a step, with gradient checkpointing, that fits a card by the estimate of "
-        "`training_memory`, cards taken as GiB; for LoRA and full fine-tuning the same is counted. Of a card 1 GiB is set aside for CUDA's "
-        "context and libraries, and 5 % for what is lost between blocks of memory. Llama 3.2 of 1B and 3B, 3.1 of 8B: "
-        f"rows end at {CONTEXT:,} tokens, for which they are made, and are multiples of {SHORTEST}. In nf4 the linear "
-        "layers of all blocks are in 4 bits with nested scales, all else is in bfloat16. LoRA's matrices and the "
-        "scores that are not called bfloat16 are float32; full fine-tuning has AdamW's moments in bfloat16, and none "
-        "is possible in nf4. Attention is that of a GPU's fused kernels. No GPU was at hand: nothing of this was "
-        "measured on one. Of a small Llama the estimate "
-        "is 1.01 to 1.03 times what a simulated device counts, and 1.11 to 1.14 with checkpointing, as logits and the "
-        "gradients of all scores are not there at the same time (`tests/project/test_simulated_device.py`).\n\n"
+        "The longest row of tokens, one a step, with gradient checkpointing, that fits a card of so many GiB by the "
+        "estimate of `training_memory`; for LoRA and full fine-tuning the same is counted. Of a card 1 GiB is set "
+        "aside for CUDA's context and libraries, and 5 % for what is lost between blocks of memory. Llama 3.2 of 1B "
+        f"and 3B, 3.1 of 8B: rows end at {CONTEXT:,} tokens, for which they are made, and are multiples of {SHORTEST}. "
+        "In nf4 the linear layers of all blocks are in 4 bits with nested scales, all else is in bfloat16. LoRA's "
+        "matrices and the scores that are not called bfloat16 are float32; full fine-tuning has AdamW's moments in "
+        "bfloat16, and none is possible in nf4. Attention is that of a GPU's fused kernels. No GPU was at hand: "
+        "nothing of this was measured on one. Of a small Llama the estimate is 1.01 to 1.03 times what a simulated "
+        "device counts, and 1.11 to 1.14 with checkpointing, as logits and the gradients of all scores are not there "
+        "at the same time (`tests/project/test_simulated_device.py`).\n\n"
         + table(("model", "base", "variant", *(f"{card} GB" for card in CARDS)), rows)
-        + f"\n\nWhat is held beside a Llama of {largest} throughout, whatever the batch, in 10^9 bytes; the positions of "
-        "weights that are off, found once for each step, are 0.02 bytes a masked weight more.\n\n"
+        + f"\n\nWhat is held beside a Llama of {largest} throughout, whatever the batch, in 10^9 bytes; the positions "
+        "of weights that are off, found once for each step, are 0.02 bytes a masked weight more.\n\n"
         + table(("base", "variant", *next(iter(state.values()))), held)
     )
     report("cards", "What trains on what card, estimated", body, {"tokens": cards, "state": state}, args.results)
