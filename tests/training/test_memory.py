@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import replace_with_bnb_linear
 
 from benchmarks.harness import peak_bytes
 from peft_mask import MaskConfig, create_mask_optimizer, training_memory
@@ -287,6 +288,20 @@ def test_a_base_in_four_bits_is_counted_with_and_without_weights(checkpointing):
     assert plain.parameters - memory.parameters == pytest.approx((2 - 0.5 - 1 / 64) * masked, rel=0.15)  # with tables
     assert plain.scores - memory.scores == pytest.approx(0.3 * masked, rel=0.05)  # positions in a byte each
     assert memory.activations == plain.activations, "the inputs of layers, and no dequantized weight"
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+def test_what_transformers_makes_of_a_model_is_counted_as_quantized():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = replace_with_bnb_linear(small_llama("meta"), ["lm_head"], quantization)
+    by_hand = in_four_bits(small_llama("meta"), "meta")
+    assert training_memory(model, MaskConfig(), ids("meta")) == training_memory(by_hand, MaskConfig(), ids("meta"))
 
 
 @pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
