@@ -4,8 +4,8 @@
 
 Without names it runs all. `scenarios` holds, for each, what it raised by device, whether results are those of the CPU,
 and its CPU seconds; `memory`, the bytes that steps of a small Llama held, and the estimate of them; `waits`, where the
-host waited, by case and phase; `peak`, the bytes of a layer's backward pass; `searches`, how often masks are looked for;
-`rules`, what the device itself raises and reports.
+host waited, by case and phase; `peak`, the bytes of a layer's backward pass; `searches`, how often masks are looked
+for; `rules`, what the device itself raises and reports.
 """
 
 import json
