@@ -75,6 +75,8 @@ gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmark
 	$(RUN) -c 'import torch; torch.cuda.is_available() or exit("no CUDA device, or a torch without CUDA (CONTRIBUTING.md says where builds come from): " + torch.__version__)'
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m benchmarks.step --device cuda --dtype bfloat16
+	$(RUN) -m benchmarks.launches --device cuda
+	$(RUN) -m benchmarks.llama_step --device cuda
 	$(RUN) -m benchmarks.switch --device cuda --model BERT-base
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B --base nf4

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import codec, decoder, long, memory, rules, step, switch
+from benchmarks import cards, codec, decoder, long, memory, rules, step, switch
 from benchmarks.accuracy.report import write_report
 from benchmarks.harness import RESULTS
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parser.parse_args(arguments).command == "report":
         write_reports(ACCURACY, RESULTS)
         return
-    for benchmark in (step, memory, switch, codec):
+    for benchmark in (step, memory, cards, switch, codec):
         benchmark.main()
 
 

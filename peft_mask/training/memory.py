@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_mask.format.packing import index_dtype
-from peft_mask.layers.linear import Linear
+from peft_mask.layers.linear import Linear, QuantizedLinear
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.layers.stand_in import ParamWrapper
@@ -24,8 +25,9 @@ from peft_mask.scores.candidates import candidate_count
 from peft_mask.scores.packed_positions import packed_bytes
 from peft_mask.scores.units import unit_shape
 from peft_mask.settings.config import MaskConfig
+from peft_mask.tensors.four_bits import as_if_quantized, bytes_beside, is_four_bits
 from peft_mask.tensors.stored import StoredWeight
-from peft_mask.training.saved import SavedTensors, UnknownValues, checkpoints_counted
+from peft_mask.training.saved import FusedAttention, SavedTensors, UnknownValues, checkpoints_counted, inputs_kept
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ def training_memory(
 
     Args:
         model: the base model; on the meta device nothing is computed and nothing allocated, whatever its size (a Llama
-            runs there since some release of transformers between 5.2 and 5.8). After
-            `model.gradient_checkpointing_enable()` activations count as those of checkpointed blocks.
+            runs there since some release of transformers between 5.2 and 5.8). There linear layers of bitsandbytes in
+            4 bits, which are quantized only where values are, count as if they were, and attention in 16 bits keeps
+            what the kernels of GPUs keep, no probabilities. After `model.gradient_checkpointing_enable()` activations
+            count as those of checkpointed blocks.
         config: the adapter's configuration.
         inputs: a batch as for `model(**inputs)`, on its device. On the meta device attention masks count as those of a
             batch without padding.
@@ -93,7 +97,13 @@ def training_memory(
         >>> memory.scores < memory.parameters / 2
         True
     """
-    config = copy.copy(config)
+    with as_if_quantized(model):
+        return _estimated(model, copy.copy(config), inputs, scores_optimizer)
+
+
+def _estimated(
+    model: nn.Module, config: MaskConfig, inputs: Mapping[str, Tensor], scores_optimizer: str
+) -> TrainingMemory:
     resolve_targets(model, config)
     itemsize = getattr(torch, config.scores_dtype).itemsize
     known = {"sign": (0, 1), "sign_in_backward": (0, 0), "adamw": (2 * itemsize, 1), "adamw_8bit": (2, 1)}
@@ -122,7 +132,7 @@ def training_memory(
             masks += math.ceil(own / 8)
         if count is not None:
             positions += packed_bytes(count, numel) if kind.packs_positions else count * index_dtype(numel).itemsize
-        indexed = (itemsize + 2 * weight.value_bytes // numel) * (count or 0)
+        indexed = (itemsize + 2 * weight.value_bytes // numel + 4 * kind.packs_positions) * (count or 0)
         of_its_size = 1 if kind is Linear else 2  # tensors at a time
         transient = max(transient, of_its_size * weight.value_bytes + indexed)
     heads = [
@@ -131,15 +141,28 @@ def training_memory(
         if any(f".{name}".endswith(f".{saved}") for saved in config.modules_to_save or [])
     ]
     head = sum(p.numel() for module in heads for p in module.parameters())
-    kept = _saved_sizes(model, inputs, [weight.parameter for weight, *_ in weights.values()])
+    quantized = [module for _, module, kind in weights.values() if kind is QuantizedLinear]
+    kept = saved_sizes(
+        model, inputs, [w.parameter for w, _, kind in weights.values() if kind is not QuantizedLinear], quantized
+    )
     return TrainingMemory(
-        parameters=sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 4 * head,
+        parameters=model_bytes(model) + 4 * head,
         scores=itemsize * scores + positions,
         gradients=gradients * itemsize * scores + 4 * head,
         optimizer=state * scores + 8 * head,
         activations=sum(kept) + masks,
         transient=transient + 2 * max(kept, default=0),
     )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return what a model's parameters and buffers take, and the scales of weights in 4 bits.
+
+    Args:
+        model: any model. Layers of bitsandbytes on the meta device count as if they were quantized already.
+    """
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return held + sum(bytes_beside(module) for module in model.modules() if is_four_bits(module))
 
 
 def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -150,11 +173,16 @@ def saved_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
             are the inputs of the blocks, and what the largest block keeps while it is computed again.
         inputs: a batch as for `model(**inputs)`.
     """
-    return sum(_saved_sizes(model, inputs))
+    return sum(saved_sizes(model, inputs))
 
 
-def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[Tensor] | None = None) -> list[int]:
-    """Bytes of each storage that is kept, with gradients for the parameters `trained`, by default for all that ask."""
+def saved_sizes(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    trained: Sequence[Tensor] | None = None,
+    quantized: Sequence[nn.Module] = (),
+) -> list[int]:
+    """Bytes of each storage that is kept, if `trained`, by default all that ask, and `quantized` get gradients."""
     saved = SavedTensors(model)
     before = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -162,7 +190,11 @@ def _saved_sizes(model: nn.Module, inputs: Mapping[str, Tensor], trained: list[T
             wanted = {id(p) for p in trained}
             for parameter in before:
                 parameter.requires_grad_(id(parameter) in wanted)
-        with saved.counted(), checkpoints_counted(model, saved), UnknownValues():
+        with ExitStack() as counting:
+            for each in (saved.counted(), checkpoints_counted(model, saved), inputs_kept(quantized)):
+                counting.enter_context(each)
+            counting.enter_context(UnknownValues())
+            counting.enter_context(FusedAttention())
             output: Any = model(**inputs)
         del output
     finally:

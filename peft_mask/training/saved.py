@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -86,3 +89,57 @@ class UnknownValues(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True
         return func(*args, **(kwargs or {}))
+
+
+class FusedAttention(TorchFunctionMode):
+    """Lets attention in 16 bits on the meta device keep what a GPU's own kernels keep: no probabilities."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) >= 3 and args[0].is_meta and args[0].itemsize == 2:
+            return _FusedAttention.apply(*args[:3], args[3] if len(args) > 3 else kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+@contextmanager
+def inputs_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let linear layers that are quantized keep their inputs, as masked they do, and nothing else.
+
+    On the meta device they are not computed, and need not be quantized yet.
+    """
+    layers = [cast(Any, module) for module in modules]
+    before = [layer.__dict__.get("forward") for layer in layers]  # of hooks
+    try:
+        for layer in layers:
+            layer.forward = partial(_kept, layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _kept(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.is_meta:
+
+        def forward(x: Tensor) -> Tensor:
+            return x.new_empty(*x.shape[:-1], layer.out_features)
+
+    given = x.to(getattr(layer, "compute_dtype", None) or x.dtype)
+    return cast(Tensor, _Kept.apply(given, torch.zeros((), device=x.device, requires_grad=True), forward)).to(x.dtype)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trained: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        return forward(x)

@@ -78,6 +78,11 @@ torch._register_device_module(NAME, _module())
 torch.utils.generate_methods_for_privateuse1_backend()
 
 
+def held() -> int:
+    """Bytes that are held on the devices."""
+    return _C.reset_peak()
+
+
 def peak_of(call: object) -> int:
     """The most bytes that a call holds on the devices beyond what was held before."""
     before = _C.reset_peak()

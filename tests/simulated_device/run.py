@@ -3,8 +3,9 @@
     python -m tests.simulated_device.run REPORT [NAME ...]
 
 Without names it runs all. `scenarios` holds, for each, what it raised by device, whether results are those of the CPU,
-and its CPU seconds; `waits`, where the host waited, by case and phase; `peak`, the bytes of a layer's backward pass;
-`searches`, how often masks are looked for; `rules`, what the device itself raises and reports.
+and its CPU seconds; `memory`, the bytes that steps of a small Llama held, and the estimate of them; `waits`, where the
+host waited, by case and phase; `peak`, the bytes of a layer's backward pass; `searches`, how often masks are looked
+for; `rules`, what the device itself raises and reports.
 """
 
 import json
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # isort: skip
 
 from peft_mask.scores.functional import masked_linear  # isort: skip
 from tests.processes import leave  # isort: skip
-from tests.simulated_device import waiting  # isort: skip
+from tests.simulated_device import memory, waiting  # isort: skip
 from tests.simulated_device.models import batch, layers, masked, train  # isort: skip
 from tests.simulated_device.scenarios import SCENARIOS  # isort: skip
 
@@ -124,9 +125,10 @@ def main(report: Path, *names: str) -> None:
     transformers.logging.set_verbosity_error()
     read_to_the_device()
     found = {name: report_of(run) for name, run in SCENARIOS.items() if name in names or not names}
+    remembered = {name: memory.found(name) for name in memory.CASES if name in names or not names}
     with tempfile.TemporaryDirectory() as folder:
         waited = waiting.found(NAME, Path(folder))
-    everything = {"scenarios": found, "waits": waited, "peak": peak_of_a_backward_pass()}
+    everything = {"scenarios": found, "memory": remembered, "waits": waited, "peak": peak_of_a_backward_pass()}
     everything |= {"searches": searches_of_a_step(), "rules": rules()}
     half = report.with_suffix(".half")
     half.write_text(json.dumps(everything, indent=1))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import replace_with_bnb_linear
 
 from benchmarks.harness import peak_bytes
 from peft_mask import MaskConfig, create_mask_optimizer, training_memory
@@ -237,3 +238,89 @@ def test_what_autograd_keeps_is_counted_once():
             return layer(x) + (x * x).sum()
 
     assert saved_bytes(Twice(), {"x": x}) == x.nbytes + layer.weight.nbytes  # `layer` is not this model's own
+
+
+def in_four_bits(model, device):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    kind = {"quant_type": "nf4", "compress_statistics": True}
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            shape = module.in_features, module.out_features
+            layer = bnb.nn.Linear4bit(*shape, False, torch.bfloat16, device="meta", **kind)
+            if device != "meta":
+                layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **kind).to(device)
+            model.model.set_submodule(name, layer)
+    return model
+
+
+def small_llama(device, dtype=torch.bfloat16, **fields):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=100, **fields)).to(dtype).train()
+
+
+def ids(device, tokens=64):
+    rows = torch.ones(1, tokens, dtype=torch.long, device=device)
+    return {"input_ids": rows, "labels": rows}
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_base_in_four_bits_is_counted_with_and_without_weights(checkpointing):
+    found = {}
+    for device in ("cpu", "meta"):
+        model = in_four_bits(small_llama(device, attn_implementation="eager"), device)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        found[device] = training_memory(model, MaskConfig(), ids(device))
+        layer = model.model.layers[0].mlp.up_proj
+        assert "forward" not in vars(layer)
+        assert (layer.weight.quant_state is None) == (device == "meta")
+    # what a causal mask is made of is kept by one of them and not by the other
+    assert vars(found["meta"]) == pytest.approx(vars(found["cpu"]), rel=0.02)
+    assert found["meta"].parameters == found["cpu"].parameters
+    dense = small_llama("meta", attn_implementation="eager")
+    if checkpointing:
+        dense.gradient_checkpointing_enable()
+    plain = training_memory(dense, MaskConfig(), ids("meta"))
+    masked = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    memory = found["meta"]
+    assert plain.parameters - memory.parameters == pytest.approx((2 - 0.5 - 1 / 64) * masked, rel=0.15)  # with tables
+    assert plain.scores - memory.scores == pytest.approx(0.3 * masked, rel=0.05)  # positions in a byte each
+    assert memory.activations == plain.activations, "the inputs of layers, and no dequantized weight"
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+def test_what_transformers_makes_of_a_model_is_counted_as_quantized():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = replace_with_bnb_linear(small_llama("meta"), ["lm_head"], quantization)
+    by_hand = in_four_bits(small_llama("meta"), "meta")
+    assert training_memory(model, MaskConfig(), ids("meta")) == training_memory(by_hand, MaskConfig(), ids("meta"))
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_in_16_bits_keeps_no_probabilities_without_weights(dtype):
+    model = small_llama("meta", dtype)
+    short, long, longer = (training_memory(model, MaskConfig(), ids("meta", n)).activations for n in (256, 512, 768))
+    curved = (longer - long) - (long - short)
+    assert (curved == 0) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
+def test_fused_attention_keeps_what_a_kernel_of_torch_keeps():
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    kept = {}
+    for device in ("cpu", "meta"):
+        given = {n: torch.zeros(1, 4, 96, 16, dtype=torch.bfloat16, device=device, requires_grad=True) for n in "qkv"}
+        kept[device] = saved_bytes(Attention(), given)
+    assert kept["meta"] == kept["cpu"] == 4 * (2 * 4 * 96 * 16) + 4 * 4 * 96
