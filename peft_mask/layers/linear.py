@@ -45,16 +45,21 @@ class Linear(LayerWithBias):
         return self._linear(x, *self._under_bits(adapter_names), self._bias(adapter_names))
 
     def _linear(
-        self, x: torch.Tensor, weight: torch.Tensor, trained: list[str], bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        trained: list[str],
+        bias: torch.Tensor | None,
+        again: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Apply `weight` under the scores of those adapters that are trained."""
+        """Apply `weight` under the scores of those adapters that are trained; `again` makes it once more."""
         for adapter_name in trained[1:]:
             weight = masked_weight(weight, *self._trained(adapter_name))
         if not trained:
             return F.linear(x, weight.t() if self._transposed else weight, bias)
         scores, *mask = self._trained(trained[0])
         tokens = self.rule(trained[0]).tokens if self.training else 1.0
-        return masked_linear(x, weight, scores, bias, *mask, transposed=self._transposed, tokens=tokens)
+        return masked_linear(x, weight, scores, bias, *mask, transposed=self._transposed, tokens=tokens, again=again)
 
 
 class QuantizedLinear(Linear):
@@ -83,7 +88,13 @@ class QuantizedLinear(Linear):
         bias = None if (bias := self._bias(adapter_names)) is None else bias.to(dtype)
         weight, trained = self._under_bits(adapter_names)
         weight = weight.to(dtype)
-        with _made_again(weight, lambda: self._under_bits(adapter_names)[0].to(dtype)):
+
+        def again() -> torch.Tensor:
+            return self._under_bits(adapter_names)[0].to(dtype)
+
+        if len(trained) == 1:
+            return self._linear(x.to(dtype), weight, trained, bias, again).to(x.dtype)
+        with _made_again(weight, again):
             return self._linear(x.to(dtype), weight, trained, bias).to(x.dtype)
 
     @property
@@ -98,10 +109,11 @@ class QuantizedLinear(Linear):
 @contextmanager
 def _made_again(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Let autograd call `make` in the backward pass where it would have kept `tensor`."""
-    storage = tensor.untyped_storage()._cdata
+    storage, shape = tensor.untyped_storage()._cdata, tensor.shape
+    del tensor  # autograd keeps `pack`, and with it all that it refers to
 
     def pack(saved: torch.Tensor) -> Any:
-        same = saved.untyped_storage()._cdata == storage and saved.shape == tensor.shape
+        same = saved.untyped_storage()._cdata == storage and saved.shape == shape
         return make if same else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved() if callable(saved) else saved):

@@ -6,7 +6,7 @@ weights and NaN for infinite ones, and merged and unmerged models would differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,9 +185,10 @@ class _MaskedLinear(torch.autograd.Function):
         off: torch.Tensor | None,
         transposed: bool,
         tokens: float,
+        again: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, scores, _to_bits(mask), positions, off)
-        ctx.transposed, ctx.tokens = transposed, tokens
+        ctx.save_for_backward(x, weight if again is None else None, scores, _to_bits(mask), positions, off)
+        ctx.transposed, ctx.tokens, ctx.again = transposed, tokens, again
         masked = _masked(weight, scores, mask, positions, off)
         output = F.linear(x, masked.t() if transposed else masked, bias)
         # a view of two dimensions as it is, which autograd would not let anyone change in place after a function
@@ -197,6 +198,7 @@ class _MaskedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scores, bits, positions, off = ctx.saved_tensors
+        weight = weight if ctx.again is None else ctx.again()
         mask = _from_bits(bits, scores.shape)
         needs_x, needs_weight, needs_scores, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
@@ -218,7 +220,7 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_scores = _score_gradient(product, weight, scores, positions)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_scores, grad_bias, None, None, None, None, None, None
 
 
 def masked_linear(
@@ -232,6 +234,7 @@ def masked_linear(
     *,
     transposed: bool = False,
     tokens: float = 1.0,
+    again: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Apply a linear layer with a masked weight: `y = x (W * M)^T + b`, by default with `M = scores >= 0`.
 
@@ -256,6 +259,7 @@ def masked_linear(
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
         tokens: fraction of the tokens, at most 1, whose terms make up the gradient of the scores (see
             `telling_tokens`); where only its sign is used, fewer will do.
+        again: makes `weight` again in the backward pass, for which it is then not kept.
 
     Returns:
         (..., out) tensor. Autocast applies to it as to `torch.nn.functional.linear`.
@@ -265,7 +269,7 @@ def masked_linear(
 
     Source: Zhao et al. 2020, section 3.
     """
-    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, off, transposed, tokens)
+    return _MaskedLinear.apply(x, weight, scores, bias, mask, positions, off, transposed, tokens, again)
 
 
 def masked_linear_reference(

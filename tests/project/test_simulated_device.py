@@ -121,7 +121,8 @@ def test_a_step_of_a_llama_holds_what_was_estimated_without_weights(fast, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MEMORY["nf4"])
 def test_a_step_of_a_llama_in_four_bits_holds_what_was_estimated_without_weights(slow, case):
-    assert 0.9 < ratio(slow["memory"][case]) < 1.25
+    # 1.02 to 1.04, and with checkpointing 1.14 to 1.17
+    assert 1.0 <= ratio(slow["memory"][case]) < (1.25 if "checkpointed" in case else 1.06)
 
 
 def test_the_device_raises_and_reports_as_cuda_does(fast):

@@ -1,6 +1,7 @@
 """Masks of quantized layers: they compute with dequantized x mask, and merge into the codes without rounding."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -126,6 +127,31 @@ def test_scores_get_the_straight_through_gradient_and_no_dequantized_weight_is_k
     for layer, masked, weight in zip(layers, (first, second), weights, strict=True):
         expected = (masked.grad * weight.detach()).take(layer.positions("default").long())
         torch.testing.assert_close(layer.peft_mask_scores["default"].grad, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_forward_pass_keeps_no_dequantized_weight_and_a_checkpoint_no_inputs_of_layers(
+    base, monkeypatch, checkpointed
+):
+    model = get_peft_model(base, MaskConfig(**FIELDS)).train()
+    made, given = [], []
+    under_bits = MaskLayer._under_bits
+    first, second = (module for module in model.modules() if isinstance(module, MaskLayer))
+
+    def watched(self, adapter_names):
+        weight, trained = under_bits(self, adapter_names)
+        made.append(weakref.ref(weight))
+        return weight, trained
+
+    monkeypatch.setattr(MaskLayer, "_under_bits", watched)
+    second.register_forward_pre_hook(lambda module, args: given.append(weakref.ref(args[0])))
+    x = torch.randn(5, 128, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    assert [weight() for weight in made] == [None, None]
+    assert (given[0]() is None) == checkpointed
+    y.sum().backward()
+    assert len(made) == (6 if checkpointed else 4)
+    assert all(layer.peft_mask_scores["default"].grad.any() for layer in (first, second))
 
 
 def test_merging_writes_codes_and_unmerging_restores_every_byte(base):
