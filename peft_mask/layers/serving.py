@@ -1,0 +1,148 @@
+"""Linear layers whose masks are used and not trained: rows of several adapters, and adapters that are not merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+
+from peft_mask.layers.bias import LayerWithBias
+from peft_mask.layers.bits import check_not_traced
+from peft_mask.layers.correction import Zeros, correct, zeros_of
+from peft_mask.layers.hooks import call_with_hooks, parts_in_use
+from peft_mask.layers.patched import can_patch, patched_products
+from peft_mask.layers.rows import BASE, Rows, forward_rows
+
+WIDE = 32  # tokens of one adapter from which on a patched weight costs no more than the correction, and is exact
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ServedLinear(LayerWithBias):
+    """A masked linear layer that computes with loaded masks without forming a masked weight for each.
+
+    Few tokens of an adapter get the product with the base weight, one for all of the batch, and the sparse correction
+    of their adapter. Many tokens, and all if it is to be exact, are multiplied with a copy of the weight that zeros are
+    written into. What neither is made for takes the way of every masked layer: scores, gradients of the weight, weights
+    in parts.
+    """
+
+    _base_is_the_product = True  # whether the base layer computes `x W^T + b` and nothing else
+
+    @property
+    def _transposed(self) -> bool:
+        """Whether the weight is stored as in transformers' `Conv1D`."""
+        return False
+
+    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the base weight as it is multiplied with `x`."""
+        return self.stored.values()
+
+    def _served_weight(self, adapter_names: Collection[str], x: torch.Tensor) -> torch.Tensor | None:
+        """Return the base weight if all of these adapters can be used in one of the two ways, else None."""
+        if any(name in self.peft_mask_scores for name in adapter_names):
+            return None
+        weight = self._weight_for(x)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return None
+        return weight if can_patch(weight) and weight.dtype in _DTYPES else None
+
+    def _off(self, adapter_names: Sequence[str]) -> list[torch.Tensor]:
+        """Return where each of these adapters is off: row-major positions."""
+        return [self._zero_positions(name).long() for name in adapter_names if name in self.peft_mask_bits]
+
+    # ---- the whole batch under the same adapters ----
+
+    def _patched(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor | None:
+        """Return the output under these adapters, to the bit that of merged weights; None if it takes another way.
+
+        With gradients it does: the backward pass would read the copy, patched for others by then.
+        """
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        check_not_traced()
+        if (weight := self._served_weight(adapter_names, x)) is None:
+            return None
+        group = x, self._off(adapter_names), self._bias_for(weight, *adapter_names)
+        return next(patched_products([group], weight, transposed=self._transposed))
+
+    # ---- rows of several adapters ----
+
+    def _mixed_forward(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        self.check_not_merged()
+        with parts_in_use(self.get_base_layer(), self.parts()):
+            return call_with_hooks(self.base_layer, partial(self._compute_rows, rows), x)
+
+    def _compute_rows(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        check_not_traced()
+        known = self.available_adapters & rows.owners
+        if not known:
+            rows.repeated(len(x))  # raises if there are not as many
+            return self._compute_base(x)
+        weight = self._served_weight(known, x)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        if weight is None or (rows.exact and differentiable):
+            owners = [name if name in known else BASE for name in rows.repeated(len(x))]
+            return forward_rows(x, owners, self._compute_alone)
+        many = math.inf if differentiable else 0 if rows.exact else WIDE / max(x.shape[1:-1].numel(), 1)
+        small, large, order, back = rows.groups(len(x), known, many, x.device)
+        first = small if self._base_is_the_product else {name: small[name] for name in small if name != BASE}
+        counts = [sum(first.values()), sum(small.values()) - sum(first.values()), *large.values()]
+        corrected, base, *parts = (x if order is None else x[order]).split(counts)
+        outputs = [self._corrected(corrected, first, weight)] if first else []
+        outputs += [self._compute_base(base)] if len(base) else []
+        groups = [
+            (part, self._off([name]), self._bias_for(weight, name)) for part, name in zip(parts, large, strict=True)
+        ]
+        outputs += patched_products(groups, weight, transposed=self._transposed)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output if back is None else output[back]
+
+    def _compute_alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self._compute_base(x) if name == BASE else self._compute([name], x)
+
+    def _compute_base(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute what the base layer does, without its hooks."""
+        base = self.get_base_layer()
+        return cast(torch.Tensor, type(base).forward(base, x))
+
+    def _corrected(self, x: torch.Tensor, sizes: Mapping[str, int], weight: torch.Tensor) -> torch.Tensor:
+        """Return the output for rows of one adapter after another, and of no adapter behind them.
+
+        The product is added to the correction, not the correction to it, so that an output of 16 bits is rounded once.
+        """
+        own = {name: count for name, count in sizes.items() if name != BASE}
+        if not own:
+            return self._compute_base(x)
+        tokens, out = x.reshape(-1, x.shape[-1]), weight.shape[1 if self._transposed else 0]
+        each = x.shape[1:-1].numel()
+        zeros = [self._zeros(name, weight) for name in own]
+        less = correct(tokens.to(weight.dtype), [count * each for count in own.values()], zeros)
+        if (bias := self._biases(sizes, each, weight)) is not None:
+            less = less - bias
+        product = torch.addmm(less, tokens, weight if self._transposed else weight.t(), beta=-1)
+        return product.view(*x.shape[:-1], out)
+
+    def _biases(self, sizes: Mapping[str, int], each: int, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the bias of every token, or one for all."""
+        mask = self._bias_mask()
+        if mask is None or mask.available_adapters.isdisjoint(sizes):
+            return self._bias_for(weight)
+        return torch.cat(
+            [mask.masked_weight([name]).to(weight.dtype).expand(count * each, -1) for name, count in sizes.items()]
+        )
+
+    def _bias_for(self, weight: torch.Tensor, *adapter_names: str) -> torch.Tensor | None:
+        bias = self._bias(adapter_names)
+        return None if bias is None else bias.to(weight.dtype)  # a quantized layer computes in a dtype of its own
+
+    def _zeros(self, adapter_name: str, weight: torch.Tensor) -> Zeros:
+        """Return what an adapter switches off in a weight that `_weight_for` returned."""
+        parameter, bits = self.stored.parameter, self.packed_mask(adapter_name)
+        zeros = self.known_zeros.get(adapter_name, parameter, bits, weight.dtype)
+        if zeros is None:
+            zeros = zeros_of(self._zero_positions(adapter_name), weight, transposed=self._transposed)
+            self.known_zeros.put(adapter_name, parameter, bits, zeros)
+        return zeros
