@@ -7,7 +7,7 @@ half a per cent of the weights that is a copy for all of them, and a scatter for
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def can_patch(weight: Tensor) -> bool:
 
 
 def patched_products(
-    groups: Sequence[tuple[Tensor, Sequence[Tensor], Tensor | None]], weight: Tensor, *, transposed: bool = False
+    groups: Iterable[tuple[Tensor, Sequence[Tensor], Tensor | None]], weight: Tensor, *, transposed: bool = False
 ) -> Iterator[Tensor]:
     """Yield `x (W * M)^T + b` for several inputs, each under masks of its own.
 
@@ -43,9 +43,14 @@ def patched_products(
     for x, off, bias in groups:
         for positions in off:
             copy.view(-1).index_fill_(0, positions, 0)
-        yield F.linear(x, copy.t() if transposed else copy, bias)
+        yield F.linear(_aligned(x), copy.t() if transposed else copy, bias)
         for positions in off:
             put(copy, positions, take(weight, positions))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a part of a batch as it would lie in memory alone, where that makes a difference for its product's bits."""
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def _room_for(weight: Tensor) -> Tensor:

@@ -93,10 +93,10 @@ class ServedLinear(LayerWithBias):
         corrected, base, *parts = (x if order is None else x[order]).split(counts)
         outputs = [self._corrected(corrected, first, weight)] if first else []
         outputs += [self._compute_base(base)] if len(base) else []
-        groups = [
-            (part, self._off([name]), self._bias_for(weight, name)) for part, name in zip(parts, large, strict=True)
-        ]
-        outputs += patched_products(groups, weight, transposed=self._transposed)
+        if large:
+            off, biases = ([self._off([name]) for name in large], [self._bias_for(weight, name) for name in large])
+            groups = zip(parts, off, biases, strict=True)
+            outputs += patched_products(groups, weight, transposed=self._transposed)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output if back is None else output[back]
 
