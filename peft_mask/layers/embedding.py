@@ -14,6 +14,7 @@ from torch import nn
 from peft_mask.format.packing import unpack_bits
 from peft_mask.layers.bits import check_not_traced
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
+from peft_mask.layers.in_graph import can_be_in_graph, in_graph
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.rows import BASE, Rows
 from peft_mask.scores.functional import apply_mask, masked_weight
@@ -57,6 +58,13 @@ class Embedding(MaskLayer):
         self.check_not_merged()
         with parts_in_use(self.get_base_layer(), self.parts()):
             return call_with_hooks(self.base_layer, partial(self._look_up_rows, rows, known), x)
+
+    def output_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor without values that is like the output for `x`."""
+        return x.new_empty(*x.shape, self.out_features, dtype=self.stored.parameter.dtype)
+
+    def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
+        return in_graph(self, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
 
     def _needs_gradient(self) -> bool:
         return torch.is_grad_enabled() and self.stored.parameter.requires_grad

@@ -47,6 +47,7 @@ class MaskLayer(ScoredLayer):
         self._fingerprint = UNKNOWN
         self._checks: dict[str, Callable[[], None]] = {}  # of adapters that are loaded by name, until they are
         self._active_adapter = adapter_name
+        self.key_in_graph = 0
         self.update_layer(adapter_name, config, name)
 
     # ---- adapters ----
@@ -208,8 +209,14 @@ class MaskLayer(ScoredLayer):
             return False
         return not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters)
 
+    def _mixed_forward_in_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what a layer does that torch.compile meets while batches of several adapters are computed."""
+        return _out_of_graph(self, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         applies = self._applies_masks()
+        if torch.compiler.is_compiling() and may_be_mixed() and not self.disable_adapters:
+            return self._mixed_forward_in_graph(*args, **kwargs)
         if not self.disable_adapters and (rows := self._rows()) is not None:
             return self._mixed_forward(rows, *args, **kwargs)
         if applies:
@@ -254,6 +261,11 @@ class MaskLayer(ScoredLayer):
 
     def _get_name(self) -> str:
         return "peft_mask." + super()._get_name()
+
+
+@torch.compiler.disable
+def _out_of_graph(layer: MaskLayer, *args: Any, **kwargs: Any) -> Any:
+    return layer.forward(*args, **kwargs)
 
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:

@@ -43,13 +43,13 @@ def patched_products(
     for x, off, bias in groups:
         for positions in off:
             copy.view(-1).index_fill_(0, positions, 0)
-        yield F.linear(_aligned(x), copy.t() if transposed else copy, bias)
+        yield F.linear(x, copy.t() if transposed else copy, bias)
         for positions in off:
             put(copy, positions, take(weight, positions))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return a part of a batch as it would lie in memory alone, where that makes a difference for its product's bits."""
+def aligned(x: Tensor) -> Tensor:
+    """Return a part of a batch as it would lie in memory alone: where it does is told by the bits of its product."""
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -13,7 +13,8 @@ from peft_mask.layers.bias import LayerWithBias
 from peft_mask.layers.bits import check_not_traced
 from peft_mask.layers.correction import Zeros, correct, zeros_of
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
-from peft_mask.layers.patched import can_patch, patched_products
+from peft_mask.layers.in_graph import can_be_in_graph, in_graph
+from peft_mask.layers.patched import aligned, can_patch, patched_products
 from peft_mask.layers.rows import BASE, Rows, forward_rows
 
 WIDE = 32  # tokens of one adapter from which on a patched weight costs no more than the correction, and is exact
@@ -75,6 +76,13 @@ class ServedLinear(LayerWithBias):
         with parts_in_use(self.get_base_layer(), self.parts()):
             return call_with_hooks(self.base_layer, partial(self._compute_rows, rows), x)
 
+    def output_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor without values that is like the output for `x`."""
+        return x.new_empty(*x.shape[:-1], self.out_features)
+
+    def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
+        return in_graph(self, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
+
     def _compute_rows(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         check_not_traced()
         known = self.available_adapters & rows.owners
@@ -95,7 +103,7 @@ class ServedLinear(LayerWithBias):
         outputs += [self._compute_base(base)] if len(base) else []
         if large:
             off, biases = ([self._off([name]) for name in large], [self._bias_for(weight, name) for name in large])
-            groups = zip(parts, off, biases, strict=True)
+            groups = zip(map(aligned, parts), off, biases, strict=True)
             outputs += patched_products(groups, weight, transposed=self._transposed)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output if back is None else output[back]

@@ -10,6 +10,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_mask.layers.in_graph import make_known
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.rows import BASE, Rows, in_force
 
@@ -61,6 +62,7 @@ def rows_of(
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Loaded are {sorted(known)}."
         )
+    make_known(layers)
     rows = Rows(adapter_names, copies, layers, exact)
     with ExitStack() as hooks:
         with _REGISTERING:
