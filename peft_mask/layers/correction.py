@@ -9,13 +9,16 @@ The sum is another order of adding the same numbers, and not the bits of the mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_WIDEST = 64  # tokens that are gathered together: so many values of all inputs stay in the processor's cache
+_WIDEST = 64  # tokens that are gathered at once for one adapter: their values stay in the processor's cache
 
 
 class Zeros(NamedTuple):
@@ -92,7 +95,13 @@ def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -
     return torch.cat([*outputs, x.new_zeros(len(groups[-1]), len(zeros[0].places))])
 
 
-@torch.library.custom_op("peft_mask::correction", mutates_args=())
+torch.library.define(
+    "peft_mask::correction",
+    "(Tensor x, SymInt[] sizes, Tensor[] pointers, Tensor[] columns, Tensor[] values, Tensor[] places) -> Tensor",
+)
+
+
+@torch.library.impl("peft_mask::correction", "default")
 def _correction(
     x: Tensor,
     sizes: Sequence[int],
@@ -101,27 +110,66 @@ def _correction(
     values: Sequence[Tensor],
     places: Sequence[Tensor],
 ) -> Tensor:
-    zeros = list(zip(pointers, columns, values, places, strict=True))
-    if len(x) == len(sizes) and all(size == 1 for size in sizes):
-        sums = [_bag(token.unsqueeze(1), *own).view(-1) for token, own in zip(x.unbind(), zeros, strict=True)]
-        return torch.stack(sums)
-    output = x.new_zeros(len(x), len(places[0]))
-    start = 0
-    for size, own in zip(sizes, zeros, strict=True):
-        for begin in range(start, start + size, _WIDEST):
-            tokens = slice(begin, min(begin + _WIDEST, start + size))
-            output[tokens] = _bag(x[tokens].t().contiguous(), *own).t()
-        start += size
-    return output
+    zeros = [Zeros(*own) for own in zip(pointers, columns, values, places, strict=True)]
+    parts, start = [], 0
+    for size, run in groupby(zip(sizes, zeros, strict=True), key=itemgetter(0)):
+        own = [each for _, each in run]
+        tokens = x[start : start + size * len(own)]
+        start += len(tokens)
+        if size == 1:
+            parts.append(_of_one_token_each(tokens, own))
+            continue
+        for group, each in zip(tokens.split(size) if size else [tokens] * len(own), own, strict=True):
+            parts += [_of_one_adapter(chunk, each) for chunk in group.split(_WIDEST)]
+    if start < len(x):
+        parts.append(x.new_zeros(len(x) - start, len(places[0])))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _bag(table: Tensor, pointers: Tensor, columns: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """Return `Z table`, an (out, tokens) tensor, of an (in, tokens) table."""
-    sums = torch.embedding_bag(table, columns, pointers, False, 0, False, values, True)[0]
-    return sums.index_select(0, places)
+def _of_one_adapter(tokens: Tensor, zeros: Zeros) -> Tensor:
+    """Return `x Z^T` for tokens that have one Z."""
+    return _bags(tokens.t().contiguous(), zeros).index_select(0, zeros.places).t().contiguous()
 
 
-@_correction.register_fake
+def _of_one_token_each(tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
+    """Return `x Z^T` for as many tokens as there are Z, each with its own."""
+    if tokens.device.type == "cpu" and (csr_matvec := compiled_product()) is not None:
+        sums = _by_scipy(csr_matvec, tokens, zeros)
+    else:
+        sums = torch.cat([_bags(token.unsqueeze(1), own) for token, own in zip(tokens.unbind(), zeros, strict=True)])
+    first = torch.arange(0, len(zeros) * len(zeros[0].places), len(zeros[0].places), device=tokens.device)
+    places = torch.stack([own.places for own in zeros]) + first.int().unsqueeze(1)
+    return sums.view(-1).index_select(0, places.view(-1)).view(len(tokens), -1).to(tokens.dtype)
+
+
+def _bags(table: Tensor, zeros: Zeros) -> Tensor:
+    """Return for each sorted output the sum of the rows of an (in, tokens) table, times the values."""
+    return torch.embedding_bag(table, zeros.columns, zeros.pointers, False, 0, False, zeros.values, True)[0]
+
+
+def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    sums = torch.zeros(len(tokens), len(zeros[0].places), dtype=wide)
+    for token, own, into in zip(tokens.detach().to(wide).contiguous().numpy(), zeros, sums.numpy(), strict=True):
+        arrays = own.pointers.numpy(), own.columns.numpy(), own.values.to(wide).numpy()
+        csr_matvec(len(into), len(token), *arrays, token, into)
+    return sums
+
+
+@cache
+def compiled_product() -> Callable[..., None] | None:
+    """Return scipy's product of a sparse matrix and a vector, without what scipy does around it; None without scipy.
+
+    For one token a bag takes twice its time.
+    """
+    try:
+        from scipy.sparse._sparsetools import csr_matvec
+    except ImportError:
+        return None
+    return csr_matvec  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("peft_mask::correction")
 def _(
     x: Tensor,
     sizes: Sequence[int],
@@ -154,4 +202,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.cat(parts), None, nothing, nothing, nothing, nothing
 
 
-_correction.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("peft_mask::correction", _backward, setup_context=_keep)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_mask.layers.correction import Zeros
-
-_Stamp = tuple[Any, ...]
 
 
 class KnownZeros:
@@ -22,22 +21,44 @@ class KnownZeros:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[_Stamp, Zeros]] = {}
+        self._weight: tuple[Any, ...] = ()  # parameter, where and as it was
+        self._kept: dict[str, tuple[weakref.ref[Tensor], int, Zeros]] = {}  # bits, their version
 
-    def get(self, adapter_name: str, parameter: Tensor, bits: Tensor, dtype: torch.dtype) -> Zeros | None:
-        """Return what is known of an adapter's zeros, if it is of these tensors as they are, in this dtype."""
-        kept = self._kept.get(adapter_name)
-        return kept[1] if kept is not None and _fits(kept[0], _stamp(parameter, bits, dtype)) else None
+    def of(
+        self,
+        bits: Mapping[str, Tensor],
+        parameter: Tensor,
+        dtype: torch.dtype,
+        gather: Callable[[str], Zeros],
+    ) -> list[Zeros]:
+        """Return the zeros of some adapters, gathered where they are not known.
 
-    def put(self, adapter_name: str, parameter: Tensor, bits: Tensor, zeros: Zeros) -> None:
-        """Remember an adapter's zeros; not where nobody would learn of changes."""
-        if not bits.is_inference():
-            self._kept[adapter_name] = (_stamp(parameter, bits, zeros.values.dtype), zeros)
+        Args:
+            bits: adapter name -> its packed mask.
+            parameter: what holds the weight.
+            dtype: of the values.
+            gather: makes an adapter's zeros.
+        """
+        now = (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, dtype)
+        if not self._weight or self._weight[0]() is not parameter or self._weight[1:] != now:
+            self._kept = {}  # another one, so that a thread that fills the old one does no harm
+            self._weight = (weakref.ref(parameter), *now)
+        kept, found = self._kept, []
+        for name, own in bits.items():
+            known = kept.get(name)
+            if known is None or known[0]() is not own or known[1] != own._version:
+                zeros = gather(name)
+                if not own.is_inference():  # else nobody would learn of changes
+                    kept[name] = (weakref.ref(own), own._version, zeros)
+            else:
+                zeros = known[2]
+            found.append(zeros)
+        return found
 
     def drop(self, adapter_name: str | None = None) -> None:
         """Forget the zeros of an adapter, or of all."""
         if adapter_name is None:
-            self._kept.clear()
+            self._kept, self._weight = {}, ()
         else:
             self._kept.pop(adapter_name, None)
 
@@ -49,12 +70,3 @@ class KnownZeros:
 
     def __reduce__(self) -> Any:
         return KnownZeros, ()
-
-
-def _stamp(parameter: Tensor, bits: Tensor, dtype: torch.dtype) -> _Stamp:
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in (parameter, bits)]
-    return weakref.ref(parameter), weakref.ref(bits), parameter.data_ptr(), bits.data_ptr(), *versions, dtype
-
-
-def _fits(kept: _Stamp, now: _Stamp) -> bool:
-    return kept[0]() is now[0]() and kept[1]() is now[1]() and kept[2:] == now[2:]

@@ -96,7 +96,8 @@ def _grouped(owners: Sequence[str], many: float, device: torch.device) -> Groups
     for row, owner in enumerate(owners):
         rows.setdefault(owner, []).append(row)
     large = {name for name, own in rows.items() if len(own) >= many and name != BASE}
-    names = sorted(rows, key=lambda name: (name in large, name == BASE))  # stable, else as they came
+    # those with equally many together, else as they came
+    names = sorted(rows, key=lambda name: (name in large, name == BASE, len(rows[name])))
     order = [row for name in names for row in rows[name]]
     small, wide = ({name: len(rows[name]) for name in names if (name in large) == which} for which in (False, True))
     if order == sorted(order):

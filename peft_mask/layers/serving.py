@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -126,8 +126,7 @@ class ServedLinear(LayerWithBias):
             return self._compute_base(x)
         tokens, out = x.reshape(-1, x.shape[-1]), weight.shape[1 if self._transposed else 0]
         each = x.shape[1:-1].numel()
-        zeros = [self._zeros(name, weight) for name in own]
-        less = correct(tokens.to(weight.dtype), [count * each for count in own.values()], zeros)
+        less = correct(tokens.to(weight.dtype), [count * each for count in own.values()], self._zeros(own, weight))
         if (bias := self._biases(sizes, each, weight)) is not None:
             less = less - bias
         product = torch.addmm(less, tokens, weight if self._transposed else weight.t(), beta=-1)
@@ -146,11 +145,11 @@ class ServedLinear(LayerWithBias):
         bias = self._bias(adapter_names)
         return None if bias is None else bias.to(weight.dtype)  # a quantized layer computes in a dtype of its own
 
-    def _zeros(self, adapter_name: str, weight: torch.Tensor) -> Zeros:
-        """Return what an adapter switches off in a weight that `_weight_for` returned."""
-        parameter, bits = self.stored.parameter, self.packed_mask(adapter_name)
-        zeros = self.known_zeros.get(adapter_name, parameter, bits, weight.dtype)
-        if zeros is None:
-            zeros = zeros_of(self._zero_positions(adapter_name), weight, transposed=self._transposed)
-            self.known_zeros.put(adapter_name, parameter, bits, zeros)
-        return zeros
+    def _zeros(self, adapter_names: Iterable[str], weight: torch.Tensor) -> list[Zeros]:
+        """Return what adapters switch off in a weight that `_weight_for` returned."""
+
+        def gather(name: str) -> Zeros:
+            return zeros_of(self._zero_positions(name), weight, transposed=self._transposed)
+
+        bits = {name: self.peft_mask_bits[name] for name in adapter_names}
+        return self.known_zeros.of(bits, self.stored.parameter, weight.dtype, gather)

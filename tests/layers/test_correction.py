@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peft_mask.layers import correction
 from peft_mask.layers.correction import correct, correct_reference, zeros_of
 
 OUT, WIDTH = 13, 9
@@ -31,8 +32,17 @@ def test_zeros_are_the_weights_that_are_off(transposed, share):
         assert torch.equal(counts, counts.sort().values), "outputs with equally many stand together"
 
 
+@pytest.fixture(params=["as installed", "without scipy"])
+def backend(request, monkeypatch):
+    if request.param == "without scipy":
+        monkeypatch.setattr(correction, "compiled_product", lambda: None)
+    else:
+        assert correction.compiled_product() is not None
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("sizes", [[1, 1, 1], [1, 4, 2], [3], [70, 1], [0, 2]])
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [1, 1, 4, 2], [3], [70, 1], [0, 2]])
 @pytest.mark.parametrize("none", [0, 3])
 def test_each_token_is_corrected_by_its_own_adapter(dtype, sizes, none):
     zeros, matrices = some_zeros(len(sizes), dtype)
@@ -62,6 +72,7 @@ def test_the_gradient_is_that_of_the_twin(sizes):
     assert not gradients[0][sum(sizes) :].any()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_operator_is_what_pytorch_asks_of_one(requires_grad):
     zeros, _ = some_zeros(2)
@@ -70,6 +81,7 @@ def test_the_operator_is_what_pytorch_asks_of_one(requires_grad):
     torch.library.opcheck(torch.ops.peft_mask.correction.default, (x, [1, 2], *lists))
 
 
+@pytest.mark.usefixtures("backend")
 def test_an_infinite_input_reaches_the_outputs_that_have_lost_a_weight_of_it_and_no_other():
     zeros, matrices = some_zeros(1)
     x = torch.ones(1, WIDTH)

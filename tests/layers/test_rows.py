@@ -24,8 +24,8 @@ def test_rows_of_one_adapter_stand_together_and_come_back():
 
 
 def test_rows_that_stand_together_already_are_not_moved():
-    groups = Rows(["a", "a", "b", BASE]).groups(4, {"a", "b"}, torch.inf, CPU)
-    assert groups == ({"a": 2, "b": 1, BASE: 1}, {}, None, None)
+    groups = Rows(["b", "a", "a", BASE]).groups(4, {"a", "b"}, torch.inf, CPU)
+    assert groups == ({"b": 1, "a": 2, BASE: 1}, {}, None, None)
 
 
 def test_copies_of_each_row_have_its_adapter():
