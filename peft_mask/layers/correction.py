@@ -151,8 +151,8 @@ def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Z
     wide = torch.promote_types(tokens.dtype, torch.float32)
     sums = torch.zeros(len(tokens), len(zeros[0].places), dtype=wide)
     for token, own, into in zip(tokens.detach().to(wide).contiguous().numpy(), zeros, sums.numpy(), strict=True):
-        arrays = own.pointers.numpy(), own.columns.numpy(), own.values.to(wide).numpy()
-        csr_matvec(len(into), len(token), *arrays, token, into)
+        values = own.values if own.values.dtype == wide else own.values.to(wide)
+        csr_matvec(len(into), len(token), own.pointers.numpy(), own.columns.numpy(), values.numpy(), token, into)
     return sums
 
 

@@ -43,7 +43,7 @@ class ServedLinear(LayerWithBias):
 
     def _served_weight(self, adapter_names: Collection[str], x: torch.Tensor) -> torch.Tensor | None:
         """Return the base weight if all of these adapters can be used in one of the two ways, else None."""
-        if any(name in self.peft_mask_scores for name in adapter_names):
+        if len(scores := self.peft_mask_scores) and not scores.keys().isdisjoint(adapter_names):
             return None
         weight = self._weight_for(x)
         if torch.is_grad_enabled() and weight.requires_grad:
@@ -151,5 +151,6 @@ class ServedLinear(LayerWithBias):
         def gather(name: str) -> Zeros:
             return zeros_of(self._zero_positions(name), weight, transposed=self._transposed)
 
-        bits = {name: self.peft_mask_bits[name] for name in adapter_names}
+        held = self.peft_mask_bits
+        bits = {name: held[name] for name in adapter_names}
         return self.known_zeros.of(bits, self.stored.parameter, weight.dtype, gather)
