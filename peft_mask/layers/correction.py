@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
     Source: the sum over an output's weights is what an embedding bag does with the rows of a table.
     """
     pointers, columns, values, places = zip(*zeros, strict=True)
-    return torch.ops.peft_mask.correction(x, sizes, pointers, columns, values, places)  # type: ignore[no-any-return]
+    return torch.ops.peft_mask.correction(x, sizes, pointers, columns, values, places)
 
 
 def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
@@ -166,11 +166,10 @@ def compiled_product() -> Callable[..., None] | None:
         from scipy.sparse._sparsetools import csr_matvec
     except ImportError:
         return None
-    return csr_matvec  # type: ignore[no-any-return]
+    return cast("Callable[..., None]", csr_matvec)
 
 
-@torch.library.register_fake("peft_mask::correction")
-def _(
+def _fake(
     x: Tensor,
     sizes: Sequence[int],
     pointers: Sequence[Tensor],
@@ -179,6 +178,9 @@ def _(
     places: Sequence[Tensor],
 ) -> Tensor:
     return x.new_empty(len(x), len(places[0]))
+
+
+torch.library.register_fake("peft_mask::correction", _fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

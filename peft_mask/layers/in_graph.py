@@ -11,37 +11,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Protocol, cast
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
-
-
-class LayerInGraph(Protocol):
-    """What the operator needs of a layer."""
-
-    key_in_graph: int
-
-    def output_like(self, x: Tensor) -> Tensor:
-        """Return a tensor without values that is like the layer's output for `x`."""
-        ...
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute, with the rows of the call that is running."""
-        ...
-
+from torch import Tensor
 
 _numbers = itertools.count(1)  # 0 is that of a layer which nobody has told of rows yet
-_layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def make_known(layers: Iterable[LayerInGraph]) -> None:
-    """Give layers numbers by which the operator finds them; a copy of a layer gets another than it was copied with."""
+def make_known(layers: Iterable[Any]) -> None:
+    """Give masked layers a `key_in_graph` to be found by; a copy of a layer gets another than it was copied with."""
     for layer in layers:
         if _layers.get(layer.key_in_graph) is not layer:
             layer.key_in_graph = next(_numbers)
-            _layers[layer.key_in_graph] = cast(nn.Module, layer)
+            _layers[layer.key_in_graph] = layer
 
 
 def can_be_in_graph(x: Tensor) -> bool:
@@ -49,20 +34,16 @@ def can_be_in_graph(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled(x.device.type)
 
 
-def in_graph(layer: LayerInGraph, x: Tensor) -> Tensor:
-    """Compute a layer's output for rows of whatever adapters they are when the graph runs."""
-    return cast(Tensor, torch.ops.peft_mask.layer_of_rows(x, layer.key_in_graph))
-
-
-def _layer(key: int) -> LayerInGraph:
-    return cast(LayerInGraph, _layers[key])
+def in_graph(key: int, x: Tensor) -> Tensor:
+    """Compute the output of the layer with this key, for rows of whatever adapters they are when the graph runs."""
+    return cast(Tensor, torch.ops.peft_mask.layer_of_rows(x, key))
 
 
 @torch.library.custom_op("peft_mask::layer_of_rows", mutates_args=())
-def _layer_of_rows(x: Tensor, layer: int) -> Tensor:
-    return _layer(layer).forward(x)
+def _layer_of_rows(x: Tensor, key: int) -> Tensor:
+    return cast(Tensor, _layers[key].forward(x))
 
 
 @_layer_of_rows.register_fake
-def _(x: Tensor, layer: int) -> Tensor:
-    return _layer(layer).output_like(x)
+def _(x: Tensor, key: int) -> Tensor:
+    return cast(Tensor, _layers[key].output_like(x))

@@ -39,7 +39,7 @@ class KnownZeros:
             dtype: of the values.
             gather: makes an adapter's zeros.
         """
-        now = (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, dtype)
+        now = (_place(parameter), 0 if parameter.is_inference() else parameter._version, dtype)
         if not self._weight or self._weight[0]() is not parameter or self._weight[1:] != now:
             self._kept = {}  # another one, so that a thread that fills the old one does no harm
             self._weight = (weakref.ref(parameter), *now)
@@ -70,3 +70,11 @@ class KnownZeros:
 
     def __reduce__(self) -> Any:
         return KnownZeros, ()
+
+
+def _place(parameter: Tensor) -> int:
+    """Return where a parameter lies in memory; those that are made of other tensors have no place of their own."""
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:
+        return 0

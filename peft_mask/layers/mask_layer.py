@@ -263,7 +263,7 @@ class MaskLayer(ScoredLayer):
         return "peft_mask." + super()._get_name()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _out_of_graph(layer: MaskLayer, *args: Any, **kwargs: Any) -> Any:
     return layer.forward(*args, **kwargs)
 

@@ -81,7 +81,7 @@ class ServedLinear(LayerWithBias):
         return x.new_empty(*x.shape[:-1], self.out_features)
 
     def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
-        return in_graph(self, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
+        return in_graph(self.key_in_graph, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
 
     def _compute_rows(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         check_not_traced()
