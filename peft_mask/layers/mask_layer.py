@@ -214,12 +214,12 @@ class MaskLayer(ScoredLayer):
         return _out_of_graph(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        applies = self._applies_masks()
-        if torch.compiler.is_compiling() and may_be_mixed() and not self.disable_adapters:
-            return self._mixed_forward_in_graph(*args, **kwargs)
-        if not self.disable_adapters and (rows := self._rows()) is not None:
-            return self._mixed_forward(rows, *args, **kwargs)
-        if applies:
+        if not self.disable_adapters:
+            if torch.compiler.is_compiling() and may_be_mixed():
+                return self._mixed_forward_in_graph(*args, **kwargs)
+            if (rows := self._rows()) is not None:
+                return self._mixed_forward(rows, *args, **kwargs)
+        if self._applies_masks():
             return self._forward_under(self.active_adapters, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
 

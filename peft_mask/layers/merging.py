@@ -71,7 +71,6 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     def unmerge_to(self, depth: int) -> None:
         """Undo the latest merges until `depth` are left (see `merge_depth`)."""
-        self.known_zeros.drop()
         while len(self._stashes) > depth:
             self.stored.put(*self._stashes[-1])
             self._stashes.pop()

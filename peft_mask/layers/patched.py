@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +24,52 @@ def can_patch(weight: Tensor) -> bool:
     return type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous() and not weight.is_meta
 
 
-def patched_products(
-    groups: Iterable[tuple[Tensor, Sequence[Tensor], Tensor | None]], weight: Tensor, *, transposed: bool = False
-) -> Iterator[Tensor]:
-    """Yield `x (W * M)^T + b` for several inputs, each under masks of its own.
+class Group(NamedTuple):
+    """Tokens that have the same masks.
+
+    Attributes:
+        x: (..., in) tensor.
+        off: row-major positions (int64) where each of their masks is off.
+        bias: (out,) tensor or None.
+        into: (tokens, out) tensor that their output is written to, if there is one already.
+    """
+
+    x: Tensor
+    off: Sequence[Tensor]
+    bias: Tensor | None
+    into: Tensor | None = None
+
+
+def patched_products(groups: Iterable[Group], weight: Tensor, *, transposed: bool = False) -> Iterator[Tensor]:
+    """Yield `x (W * M)^T + b` for several groups of tokens, each under masks of its own.
 
     Not for a backward pass: the weight that a product was computed with is another one by the time of the next.
 
     Args:
-        groups: for each product x, a (..., in) tensor; where its masks are off, row-major positions (int64) of each;
-            and the bias or None.
+        groups: what is multiplied.
         weight: (out, in) tensor for which `can_patch` holds; (in, out) if `transposed`.
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
 
     Returns:
-        (..., out) tensors, the bits of `F.linear` with the merged weight.
+        (..., out) tensors, or those they were written to: the bits of `F.linear` with the merged weight.
     """
     copy = _room_for(weight).copy_(weight)
-    for x, off, bias in groups:
-        for positions in off:
+    for group in groups:
+        for positions in group.off:
             copy.view(-1).index_fill_(0, positions, 0)
-        yield F.linear(x, copy.t() if transposed else copy, bias)
-        for positions in off:
+        yield _product(group, copy.t() if transposed else copy)
+        for positions in group.off:
             put(copy, positions, take(weight, positions))
+
+
+def _product(group: Group, weight: Tensor) -> Tensor:
+    x, _, bias, into = group
+    if into is None:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=into)
+    return torch.addmm(bias, rows, weight.t(), out=into)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from peft_mask.layers.bits import check_not_traced
 from peft_mask.layers.correction import Zeros, correct, zeros_of
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
 from peft_mask.layers.in_graph import can_be_in_graph, in_graph
-from peft_mask.layers.patched import aligned, can_patch, patched_products
+from peft_mask.layers.patched import Group, aligned, can_patch, patched_products
 from peft_mask.layers.rows import BASE, Rows, forward_rows
 
 WIDE = 32  # tokens of one adapter from which on a patched weight costs no more than the correction, and is exact
@@ -66,7 +66,7 @@ class ServedLinear(LayerWithBias):
         check_not_traced()
         if (weight := self._served_weight(adapter_names, x)) is None:
             return None
-        group = x, self._off(adapter_names), self._bias_for(weight, *adapter_names)
+        group = Group(x, self._off(adapter_names), self._bias_for(weight, *adapter_names))
         return next(patched_products([group], weight, transposed=self._transposed))
 
     # ---- rows of several adapters ----
@@ -94,7 +94,11 @@ class ServedLinear(LayerWithBias):
         if weight is None or (rows.exact and differentiable):
             owners = [name if name in known else BASE for name in rows.repeated(len(x))]
             return forward_rows(x, owners, self._compute_alone)
-        many = math.inf if differentiable else 0 if rows.exact else WIDE / max(x.shape[1:-1].numel(), 1)
+        many: float = WIDE / max(x.shape[1:-1].numel(), 1)
+        if differentiable:
+            many = math.inf
+        elif rows.exact or len(rows.owners) == 1:  # alone in the batch, a copy of the weight costs no more
+            many = 0
         small, large, order, back = rows.groups(len(x), known, many, x.device)
         first = small if self._base_is_the_product else {name: small[name] for name in small if name != BASE}
         counts = [sum(first.values()), sum(small.values()) - sum(first.values()), *large.values()]
@@ -102,11 +106,28 @@ class ServedLinear(LayerWithBias):
         outputs = [self._corrected(corrected, first, weight)] if first else []
         outputs += [self._compute_base(base)] if len(base) else []
         if large:
-            off, biases = ([self._off([name]) for name in large], [self._bias_for(weight, name) for name in large])
-            groups = zip(map(aligned, parts), off, biases, strict=True)
-            outputs += patched_products(groups, weight, transposed=self._transposed)
+            outputs.append(self._patched_rows(parts, list(large), weight))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output if back is None else output[back]
+
+    def _patched_rows(self, parts: Sequence[torch.Tensor], names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
+        """Return the output for rows of one adapter after another, to the bit those of merged weights."""
+        sizes = [part.shape[:-1].numel() for part in parts]
+        output = weight.new_empty(sum(sizes), self.out_features)
+        places = [None] * len(parts) if torch.is_autocast_enabled(weight.device.type) else output.split(sizes)
+        found = patched_products(
+            [
+                Group(aligned(part), self._off([name]), self._bias_for(weight, name), place)
+                for part, name, place in zip(parts, names, places, strict=True)
+            ],
+            weight,
+            transposed=self._transposed,
+        )
+        if places[0] is None:  # products of another dtype than the weight's
+            return torch.cat(list(found))
+        for _ in found:
+            pass
+        return output.view(-1, *parts[0].shape[1:-1], self.out_features)
 
     def _compute_alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._compute_base(x) if name == BASE else self._compute([name], x)

@@ -88,6 +88,7 @@ def test_merging_and_unmerging_drop_what_is_known():
     model.merge_adapter(["one"])
     assert known(model) == [0, 0]
     model.unmerge_adapter()
+    assert known(model) == [0, 0]
     assert torch.equal(check(model), before)
     model.base_model.switch_adapter("two")
     for layer in layers_of(model):

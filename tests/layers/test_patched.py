@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_mask.layers.patched import can_patch, patched_products
+from peft_mask.layers.patched import Group, can_patch, patched_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_are_those_of_merged_weights_and_the_weight_is_as_it_was(dtype, transposed):
+@pytest.mark.parametrize("into", [False, True])
+def test_products_are_those_of_merged_weights_and_the_weight_is_as_it_was(dtype, transposed, into):
     torch.manual_seed(0)
     weight = torch.randn(8, 6).to(dtype)
     weight[0, 0] = torch.nan  # off in some masks: there is nothing of it then
@@ -23,9 +24,13 @@ def test_products_are_those_of_merged_weights_and_the_weight_is_as_it_was(dtype,
     off = [(~mask).view(-1).nonzero().squeeze(1) for mask in masks]
     inputs = [torch.randn(rows, width).to(dtype) for rows in (2, 3, 1)]
     # the second under two masks at once, the third without a bias
-    groups = [(inputs[0], [off[0]], bias), (inputs[1], [off[1], off[2]], bias), (inputs[2], [off[2]], None)]
+    groups = [
+        Group(inputs[0], [off[0]], bias),
+        Group(inputs[1], [off[1], off[2]], bias, torch.empty(3, out, dtype=dtype) if into else None),
+        Group(inputs[2], [off[2]], None, torch.empty(1, out, dtype=dtype) if into else None),
+    ]
     found = list(patched_products(groups, weight, transposed=transposed))
-    for (x, _, own), mask, y in zip(groups, [masks[0], masks[1] & masks[2], masks[2]], found, strict=True):
+    for (x, _, own, _), mask, y in zip(groups, [masks[0], masks[1] & masks[2], masks[2]], found, strict=True):
         merged = torch.where(mask, weight, 0)
         assert torch.equal(y.nan_to_num(7), F.linear(x, merged.t() if transposed else merged, own).nan_to_num(7))
     assert found[0].isfinite().all()
@@ -35,10 +40,10 @@ def test_products_are_those_of_merged_weights_and_the_weight_is_as_it_was(dtype,
 def test_threads_have_copies_of_their_own():
     weights = [torch.randn(4, 4) for _ in range(2)]
     x, none = torch.randn(2, 4), [torch.arange(4)]
-    first = patched_products([(x, none, None)] * 2, weights[0])
+    first = patched_products([Group(x, none, None)] * 2, weights[0])
     got = next(first)
     other = []
-    thread = threading.Thread(target=lambda: other.extend(patched_products([(x, none, None)], weights[1])))
+    thread = threading.Thread(target=lambda: other.extend(patched_products([Group(x, none, None)], weights[1])))
     thread.start()
     thread.join()
     assert torch.equal(next(first), got)
@@ -50,8 +55,8 @@ def test_a_copy_made_in_inference_mode_serves_outside_of_it():
 
     def run():
         with torch.inference_mode():
-            next(patched_products([(x, [torch.arange(3)], None)], weight))
-        found.extend(patched_products([(x, [torch.arange(3)], None)], weight))
+            next(patched_products([Group(x, [torch.arange(3)], None)], weight))
+        found.extend(patched_products([Group(x, [torch.arange(3)], None)], weight))
 
     found = []
     thread = threading.Thread(target=run)  # with no copy yet
