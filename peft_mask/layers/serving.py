@@ -17,7 +17,7 @@ from peft_mask.layers.in_graph import can_be_in_graph, in_graph
 from peft_mask.layers.patched import Group, aligned, can_patch, patched_products
 from peft_mask.layers.rows import BASE, Rows, forward_rows
 
-WIDE = 32  # tokens of one adapter from which on a patched weight costs no more than the correction, and is exact
+WIDE = 128  # tokens of one adapter from which on a patched weight costs no more than the correction, and is exact
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -28,10 +28,10 @@ def expected_of(base, model, x, names=NAMES):
     return torch.stack([plain[name](x)[row] for row, name in enumerate(names)])
 
 
-@pytest.fixture(params=[1, 3, 40], ids="{} tokens a row".format)
+@pytest.fixture(params=[1, 3, 130], ids="{} tokens a row".format)
 def tokens(request):
     """So few that rows are corrected, or so many that the weight is patched."""
-    assert 3 * 2 < serving.WIDE <= 40
+    assert 3 * 2 < serving.WIDE <= 130
     return request.param
 
 
@@ -88,9 +88,9 @@ def test_few_tokens_are_corrected_without_a_masked_weight_and_many_without_a_cor
     with torch.no_grad():
         model(torch.randn(5, 9), adapter_names=NAMES)
         assert made == ["correct"]
-        model(torch.randn(5, 40, 9), adapter_names=NAMES)
+        model(torch.randn(5, 130, 9), adapter_names=NAMES)
         assert made[1:] == ["patched_products"]
-        model(torch.randn(40, 9), adapter_names=["one"] * 38 + ["two"] * 2)
+        model(torch.randn(140, 9), adapter_names=["one"] * 138 + ["two"] * 2)
         assert sorted(made[2:]) == ["correct", "patched_products"]
 
 
