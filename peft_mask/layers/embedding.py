@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_mask.format.packing import unpack_bits
+from peft_mask.layers.bits import check_not_traced
+from peft_mask.layers.hooks import call_with_hooks, parts_in_use
+from peft_mask.layers.in_graph import can_be_in_graph, in_graph
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.layers.rows import BASE, Rows
 from peft_mask.scores.functional import apply_mask, masked_weight
 
 
@@ -45,6 +51,46 @@ class Embedding(MaskLayer):
         if (scale := self._get_embed_scale()) is not None:
             output = output * scale.to(output.dtype)
         return output
+
+    def _mixed_forward(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        """Look up all rows at once, and write zeros where the adapter of each is off: to the bit what it does alone."""
+        known = self.available_adapters & rows.owners
+        if any(name in self.peft_mask_scores for name in known) or self._needs_gradient():
+            return super()._mixed_forward(rows, x)
+        self.check_not_merged()
+        with parts_in_use(self.get_base_layer(), self.parts()):
+            return call_with_hooks(self.base_layer, partial(self._look_up_rows, rows, known), x)
+
+    def output_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor without values that is like the output for `x`."""
+        return x.new_empty(*x.shape, self.out_features, dtype=self.stored.parameter.dtype)
+
+    def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
+        return in_graph(self.key_in_graph, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
+
+    def _needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and self.stored.parameter.requires_grad
+
+    def _look_up_rows(self, rows: Rows, known: Set[str], x: torch.Tensor) -> torch.Tensor:
+        check_not_traced()
+        base = self.get_base_layer()
+        sizes, _, order, back = rows.groups(len(x), known, math.inf, x.device)
+        tokens = x if order is None else x[order]
+        output = cast(torch.Tensor, type(base).forward(base, tokens))
+        parts = zip(sizes, tokens.split([*sizes.values()]), output.split([*sizes.values()]), strict=True)
+        for name, indices, vectors in parts:
+            if name != BASE:
+                vectors.view(-1)[self._off_of(name, indices.reshape(-1))] = 0
+        return output if back is None else output[back]
+
+    def _off_of(self, adapter_name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Return where an adapter is off in the vectors of some tokens that stand one after another."""
+        off, columns = self._zero_positions(adapter_name), self.mask_shape[1]
+        begin, end = (torch.searchsorted(off, ((tokens + more) * columns).to(off.dtype)) for more in (0, 1))
+        counts = end - begin
+        place = torch.repeat_interleave(counts)
+        chosen = torch.arange(len(place), device=off.device) + (begin - (counts.cumsum(0) - counts))[place]
+        return off[chosen] + (place - tokens[place]) * columns
 
     def masked_rows(self, adapter_names: Sequence[str], rows: torch.Tensor) -> torch.Tensor:
         """Return some rows of the table under the product of these adapters' masks.

@@ -12,14 +12,15 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_mask.layers.bias import LayerWithBias
+from peft_mask.layers.rows import Rows
+from peft_mask.layers.serving import ServedLinear
 from peft_mask.scores.functional import masked_linear, masked_weight
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.quantized import keep_codes_in_order, quantization_backend, quantized_weight
 from peft_mask.tensors.stored import StoredWeight
 
 
-class Linear(LayerWithBias):
+class Linear(ServedLinear):
     """A masked `nn.Linear` or transformers `Conv1D`: `y = x (W * M)^T + b`, with a mask of b as well if it has one.
 
     The mask has the weight's own shape: (out, in) for `nn.Linear`, (in, out) for `Conv1D`.
@@ -42,6 +43,8 @@ class Linear(LayerWithBias):
         return self.mask_shape[1 if self._transposed else 0]
 
     def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (patched := self._patched(adapter_names, x)) is not None:
+            return patched
         return self._linear(x, *self._under_bits(adapter_names), self._bias(adapter_names))
 
     def _linear(
@@ -70,6 +73,7 @@ class QuantizedLinear(Linear):
     """
 
     packs_positions = True
+    _base_is_the_product = False  # some quantize what goes in as well
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
         backend = quantization_backend(base_layer)
@@ -83,8 +87,9 @@ class QuantizedLinear(Linear):
         return quantized_weight(self.get_base_layer(), self.quantization_backend)
 
     def _compute(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        dtype = cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
-
+        dtype = self._dtype_for(x)
+        if (patched := self._patched(adapter_names, x.to(dtype))) is not None:
+            return patched.to(x.dtype)
         bias = None if (bias := self._bias(adapter_names)) is None else bias.to(dtype)
         weight, trained = self._under_bits(adapter_names)
         weight = weight.to(dtype)
@@ -96,6 +101,15 @@ class QuantizedLinear(Linear):
             return self._linear(x.to(dtype), weight, trained, bias, again).to(x.dtype)
         with _made_again(weight, again):
             return self._linear(x.to(dtype), weight, trained, bias).to(x.dtype)
+
+    def _dtype_for(self, x: torch.Tensor) -> torch.dtype:
+        return cast("torch.dtype | None", getattr(self.get_base_layer(), "compute_dtype", None)) or x.dtype
+
+    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._weight_for(x).to(self._dtype_for(x))
+
+    def _compute_rows(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        return super()._compute_rows(rows, x.to(self._dtype_for(x))).to(x.dtype)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -17,7 +17,7 @@ from peft_mask.layers.bits import BitsDict, check_not_traced
 from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
 from peft_mask.layers.reading import NoWeight
-from peft_mask.layers.rows import BASE, adapters_of_batch, forward_rows
+from peft_mask.layers.rows import BASE, Rows, forward_rows, may_be_mixed, rows_for
 from peft_mask.layers.scored_layer import ScoredLayer
 from peft_mask.scores.functional import apply_mask, masked_weight
 from peft_mask.settings.config import MaskConfig
@@ -47,6 +47,7 @@ class MaskLayer(ScoredLayer):
         self._fingerprint = UNKNOWN
         self._checks: dict[str, Callable[[], None]] = {}  # of adapters that are loaded by name, until they are
         self._active_adapter = adapter_name
+        self.key_in_graph = 0
         self.update_layer(adapter_name, config, name)
 
     # ---- adapters ----
@@ -134,6 +135,7 @@ class MaskLayer(ScoredLayer):
         self.peft_mask_bits.close(adapter_name)
         self.forget_scores(adapter_name)
         self._checks.pop(adapter_name, None)
+        self.known_zeros.drop(adapter_name)
 
     def check_when_filled(self, adapter_name: str, check: Callable[[], None] | None) -> None:
         """Let an adapter whose mask comes by name be checked once it is there; None: not any more."""
@@ -182,18 +184,22 @@ class MaskLayer(ScoredLayer):
         """Compute what the base layer's `forward` would with its weight under these adapters."""
         raise NotImplementedError
 
-    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-        """Forward each row of the batch under its own adapter; rows of one adapter together."""
+    def check_not_merged(self) -> None:
+        """Raise a `ValueError` if adapters are merged, so that no row could have another."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+
+    def _mixed_forward(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        """Forward each row of the batch under its own adapter; rows of one adapter together."""
+        self.check_not_merged()
         available = self._get_available_adapters()
 
         def forward(name: str, rows: torch.Tensor) -> torch.Tensor:
             return self.base_layer(rows) if name == BASE else self._forward_under([name], rows)
 
-        return forward_rows(x, [name if name in available else BASE for name in adapter_names], forward)
+        return forward_rows(x, [name if name in available else BASE for name in rows.repeated(len(x))], forward)
 
     def _applies_masks(self) -> bool:
         """Return whether masks of active adapters are to be applied, and not merged already; unmerge if disabled."""
@@ -203,13 +209,24 @@ class MaskLayer(ScoredLayer):
             return False
         return not self.merged and not self._get_available_adapters().isdisjoint(self.active_adapters)
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        applies = self._applies_masks()
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_forward(adapter_names, *args, **kwargs)
-        if applies:
+    def _mixed_forward_in_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what a layer does that torch.compile meets while batches of several adapters are computed."""
+        return _out_of_graph(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.disable_adapters:
+            if torch.compiler.is_compiling() and may_be_mixed():
+                return self._mixed_forward_in_graph(*args, **kwargs)
+            if (rows := self._rows()) is not None:
+                return self._mixed_forward(rows, *args, **kwargs)
+        if self._applies_masks():
             return self._forward_under(self.active_adapters, *args, **kwargs)
         return self.base_layer(*args, **kwargs)
+
+    def _rows(self) -> Rows | None:
+        """Return whose the rows of the batch are; None if it is the active adapters' alone."""
+        # torch.compile cannot follow a context, and need not where no such batch is computed
+        return None if torch.compiler.is_compiling() and not may_be_mixed() else rows_for(self)
 
     def weight_in_force(self) -> torch.Tensor:
         """Return the weight that the layer computes with; gradients reach the scores.
@@ -220,9 +237,8 @@ class MaskLayer(ScoredLayer):
         """
         parameter = self.stored.parameter
         names = set(self.active_adapters) if self._applies_masks() else set()
-        # who runs a mixed batch has hooked the layer; else it is not asked, for torch.compile cannot follow
-        hooked = self._forward_pre_hooks and not self.disable_adapters and not self.merged
-        batch = adapters_of_batch() if hooked else None
+        rows = None if self.disable_adapters or self.merged else self._rows()
+        batch = rows and rows.owners
         names = set(batch or names)
         if names.isdisjoint(self._get_available_adapters()) or not is_whole(parameter):
             return parameter
@@ -245,6 +261,11 @@ class MaskLayer(ScoredLayer):
 
     def _get_name(self) -> str:
         return "peft_mask." + super()._get_name()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _out_of_graph(layer: MaskLayer, *args: Any, **kwargs: Any) -> Any:
+    return layer.forward(*args, **kwargs)
 
 
 def onloaded(layer: MaskLayer) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from peft_mask.layers.casting import Conversion, keeping_dtype
+from peft_mask.layers.known_zeros import KnownZeros
 from peft_mask.scores.functional import apply_mask
 from peft_mask.tensors.stored import Displaced, StoredWeight
 
@@ -19,6 +20,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._is_merged = False  # what torch.compile may look at: with the names it would compile for each anew
         self._stashes: list[Displaced] = []  # one a merge
+        self.known_zeros = KnownZeros()
 
     @property
     def stored(self) -> StoredWeight:
@@ -53,6 +55,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken, or the base "
                     "model is: a weight that is kept is not finite."
                 )
+            self.known_zeros.drop()
             # The stash comes first: whatever interrupts the write, unmerging it restores the weight.
             self._stashes.append((positions, stored.take(positions)))
             stored.switch_off(positions)
@@ -89,6 +92,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return self.stored.values_with(self._stashes[::-1])
 
     def _apply(self, fn: Conversion, recurse: bool = True) -> nn.Module:
+        self.known_zeros.drop()
         super()._apply(fn, recurse)
         move = keeping_dtype(fn)
         with torch.no_grad():

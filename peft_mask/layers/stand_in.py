@@ -13,6 +13,7 @@ from torch import nn
 from peft_mask.layers.hooks import parts_in_use
 from peft_mask.layers.linear import Linear
 from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.layers.rows import Rows
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.stored import StoredWeight
 
@@ -41,9 +42,9 @@ class _StandIn(MaskLayer):
         with nullcontext() if torch.compiler.is_compiling() else _RUNNING:
             return super().forward(*args, **kwargs)
 
-    def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    def _mixed_forward(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         # The rows of the batch cannot be told apart here, which is right if none of their adapters is.
-        if here := self.available_adapters & set(adapter_names):
+        if here := self.available_adapters & rows.owners:
             raise ValueError(
                 f"{self._get_name()} cannot mix adapters in one batch, and it carries {sorted(here)}: run one batch "
                 "for each."

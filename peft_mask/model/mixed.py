@@ -10,8 +10,9 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_mask.layers.in_graph import make_known
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.layers.rows import BASE, batch_of
+from peft_mask.layers.rows import BASE, Rows, in_force
 
 _REGISTERING = threading.Lock()  # torch numbers its hooks without one
 
@@ -32,7 +33,9 @@ def copies_in_generation(model: nn.Module, arguments: Mapping[str, Any]) -> set[
 
 
 @contextmanager
-def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: Set[int] = frozenset()) -> Iterator[None]:
+def rows_of(
+    model: nn.Module, adapter_names: Sequence[str], copies: Set[int] = frozenset(), exact: bool = False
+) -> Iterator[None]:
     """Tell every masked layer, and every copy of a trained module, which row of the batch is whose.
 
     It is told to forward passes of this thread alone: others may meanwhile run the same model with other rows.
@@ -42,6 +45,7 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: Set[int] = f
         adapter_names: for each row an adapter's name, or `"__base__"` for none.
         copies: how many rows may come of each input, one after another (see `copies_in_generation`); modules that get
             one row of each, as an encoder's do, are told so.
+        exact: whether rows are to have the bits that merged weights give.
 
     Raises:
         TypeError: if the names are not a list.
@@ -51,34 +55,41 @@ def rows_of(model: nn.Module, adapter_names: Sequence[str], copies: Set[int] = f
         raise TypeError(f"adapter_names must be a list with a name for each row, got {adapter_names!r}.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    readers = [module for module in model.modules() if isinstance(module, (MaskLayer, AuxiliaryTrainingWrapper))]
-    known = {name for module in readers if isinstance(module, MaskLayer) for name in module.available_adapters}
+    modules = _modules_of(model)
+    layers = [module for module in modules if isinstance(module, MaskLayer)]
+    known = {name for layer in layers for name in layer.available_adapters}
     if unknown := set(adapter_names) - known - {BASE}:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Loaded are {sorted(known)}."
         )
+    make_known(layers)
+    rows = Rows(adapter_names, copies, layers, exact)
     with ExitStack() as hooks:
         with _REGISTERING:
-            for module in readers:
-                hook = _adding(list(adapter_names), copies)
-                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with batch_of(adapter_names):
+            for module in modules:
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    hooks.enter_context(module.register_forward_pre_hook(_adding(rows), with_kwargs=True))
+        with in_force(rows):
             yield
 
 
-def _adding(names: list[str], copies: Set[int]) -> Any:
-    thread = threading.get_ident()
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return all modules of a model, each once, as `modules()` does in several times the time that a call can spare."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(child for child in module._modules.values() if child is not None)
+    return list(found.values())
 
+
+def _adding(rows: Rows) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         # Without `kwargs`, too, it is a call of another thread: the hook was removed while torch was about to call it.
-        if kwargs is None or threading.get_ident() != thread:
+        if kwargs is None or not rows.are_in_force():
             return None
-        return args, kwargs | {"adapter_names": _repeated(names, copies, args)}
+        return args, kwargs | {"adapter_names": list(rows.repeated(len(args[0])) if args else rows.names)}
 
     return hook
-
-
-def _repeated(names: list[str], copies: Set[int], args: Sequence[Any]) -> list[str]:
-    rows = len(args[0]) if args else len(names)
-    times, rest = divmod(rows, max(len(names), 1))
-    return [name for name in names for _ in range(times)] if not rest and times in copies else names

@@ -1,11 +1,14 @@
 """torch.compile: one graph, compiled once, for inference, training and switching."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_mask import MaskConfig, create_mask_optimizer, spend_budget
+from tests.served_models import served
 from tests.tiny_models import tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile
@@ -179,3 +182,66 @@ def test_torchs_own_compiler_trains_what_is_trained_without_it(fields):
         return [p.detach() for name, p in model.named_parameters() if "scores" in name]
 
     torch.testing.assert_close(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_batches_of_several_adapters_run_in_one_graph_whatever_their_mixture(family):
+    model = served(tiny_model(family, "base"))
+    inputs = {name: torch.cat([tensor] * 2)[:3] for name, tensor in tiny_inputs(model.get_base_model()).items()}
+    mixtures = [["one", "two", "__base__"], ["two", "two", "one"], ["one"] * 3, ["__base__"] * 3]
+
+    def output(**kwargs):
+        with torch.no_grad():
+            return model(**inputs, **kwargs).last_hidden_state
+
+    expected = [output(adapter_names=names) for names in mixtures]
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    active = output()
+    compilations = []
+    model.get_base_model().compile(fullgraph=True, backend=lambda graph, _: (compilations.append(1), graph.forward)[1])
+    for names, logits in zip(mixtures, expected, strict=True):
+        torch.testing.assert_close(output(adapter_names=names), logits)
+        assert len(compilations) == 1
+    torch.testing.assert_close(output(), active)  # this is another graph
+    torch.testing.assert_close(output(adapter_names=mixtures[0]), expected[0])
+    assert len(compilations) == 2
+
+
+def test_a_compiled_layer_knows_its_copy_from_itself():
+    model = served(torch.nn.Sequential(torch.nn.Linear(8, 8)), target_modules=["0"])
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        model(x, adapter_names=["one", "two"])
+        other = copy.deepcopy(model)
+        other.base_model.model[0].base_layer.weight.mul_(2)
+        expected = [each(x, adapter_names=["one", "two"]) for each in (model, other)]
+        for each in (model, other):
+            each.get_base_model().compile(fullgraph=True, backend="aot_eager")
+        found = [each(x, adapter_names=["one", "two"]) for each in (model, other)]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(*expected)
+
+
+def test_compiled_batches_have_gradients_and_autocast():
+    model = served(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)), target_modules=["0", "1"])
+    x = torch.randn(2, 8)
+
+    def found():
+        leaf = x.clone().requires_grad_()
+        model(leaf, adapter_names=["one", "two"]).square().sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return leaf.grad, model(x, adapter_names=["one", "two"])
+
+    expected = found()
+    model.get_base_model().compile(backend="eager")
+    torch.testing.assert_close(found(), expected)
+
+
+def test_a_trace_of_rows_of_several_adapters_is_refused():
+    model = served(torch.nn.Sequential(torch.nn.Linear(8, 4)), target_modules=["0"])
+    x = torch.randn(2, 8)
+    with (
+        model.base_model._enable_peft_forward_hooks(adapter_names=["one", "two"]),
+        pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record how a mask is made: merge it first"),
+    ):
+        torch.jit.trace(model.get_base_model(), x)

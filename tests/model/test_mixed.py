@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_mask import MaskConfig
 from peft_mask.layers.mask_layer import MaskLayer
+from tests.served_models import served
 from tests.tiny_models import tiny_inputs, tiny_model
 
 NAMES = ["one", "two", "__base__", "one", "two"]
@@ -102,6 +103,49 @@ def test_generation(family, head, task_type, how):
     each = how.get("num_return_sequences", 1)
     for row, name in enumerate(name for name in NAMES for _ in range(each)):
         assert torch.equal(mixed[row], expected[name][row])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("family", "head", "task_type"), [("llama", "lm", "CAUSAL_LM"), ("t5", "lm", "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_generation_with_loaded_masks(family, head, task_type, how, exact):
+    model = served(tiny_model(family, head), task_type=task_type)
+    model.base_model.set_exact(exact)
+    inputs = batch(model)
+
+    def generate(**kwargs):
+        found = model.generate(
+            **inputs,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **how,
+            **kwargs,
+        )
+        return found.sequences, found.sequences_scores if how else torch.stack(found.scores, 1)
+
+    expected = {name: alone(model, name, generate) for name in set(NAMES)}
+    assert not torch.allclose(expected["one"][1], expected["two"][1], atol=1e-3)
+    sequences, scores = generate(adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        assert torch.equal(sequences[row], expected[name][0][row])
+        torch.testing.assert_close(scores[row], expected[name][1][row])
+
+
+def test_rows_are_told_to_the_layers_of_their_model_alone():
+    teacher, student = (served(tiny_model("bert", "base")) for _ in range(2))
+    student.set_adapter("two")
+    inputs = batch(teacher, 2)
+    with torch.no_grad():
+        expected = student(**inputs).last_hidden_state
+        seen = []
+        teacher.base_model.model.encoder.register_forward_hook(
+            lambda *_: seen.append(student(**inputs).last_hidden_state)
+        )
+        teacher(**inputs, adapter_names=["one", "__base__"])
+    assert torch.equal(seen[0], expected)
 
 
 @pytest.mark.parametrize("place", ["argument", "model"])

@@ -155,9 +155,11 @@ HOOKS = [
     ),
     Hook(
         "peft.utils.other:AuxiliaryTrainingWrapper.forward",
-        "takes a name for each row from the same pre-hook as our layers",
+        "takes a name for each row from a pre-hook",
         says="adapter_names",
     ),
+    Hook("torch:embedding_bag", "sums what weights that are off add to an output, on any device"),
+    Hook("scipy.sparse._sparsetools:csr_matvec", "sums it for one token, without scipy's checks around it"),
     # saving and loading
     Hook(TUNER + "_get_adapter_state_dict", "saves records instead of scores", ours=MODEL),
     Hook(TUNER + "_remap_adapter_state_dict_for_load", "makes bits or scores of records", ours=MODEL),

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import codec, large, llama, memory, rules, step, switch
+from benchmarks import codec, large, llama, memory, mixed, rules, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
 from peft_mask.layers.mask_layer import MaskLayer
@@ -287,3 +288,33 @@ def test_the_table_of_rules_says_which_rate_was_tested(tmp_path):
         "| trec | row | 0.0005 | 90.00 | 95.00 | 0.50 % | 0.010 |",
         "| trec | row | 0.001 | 90.00 |  | 0.50 % | 0.010 |",
     ]
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_ways_to_compute_a_mixed_batch_are_compared(kind, family, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    shape = TINY | ({"num_key_value_heads": 1} if family == "llama" else {})
+    monkeypatch.setattr(mixed, "SHAPES", {"tiny": shape})
+    monkeypatch.setattr(mixed, "BATCHES", {1: (2, 40), 2: (2, 3)})
+    monkeypatch.setattr(mixed, "SPARSITY", 0.05)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    arguments = ["--kinds", kind, "--dtypes", "float32", "--rounds", "2", "--results", str(tmp_path)]
+    with warnings.catch_warnings():
+        mixed.main(arguments)
+    times = json.loads((tmp_path / "mixed.json").read_text())["figures"][f"{kind}, tiny, float32"]
+    assert times.keys() == {"1", "2"}
+    assert times["2"].keys() == {"base", "mask", "mask, exact", "mask, W * M formed", "LoRA r=8"}
+    assert times["1"].keys() - times["2"].keys() == {"merged", "one active, not merged", "the same, W * M formed"}
+    assert "| LoRA r=8 |" in (tmp_path / "mixed.md").read_text()
+
+
+def test_the_ways_to_compute_a_mixed_batch_that_are_compared_differ_from_the_base():
+    base = mixed.base_model(TINY, torch.float32, "cpu")
+    call = mixed.Caller("prefill", 2, 3, "cpu")
+    masks, loras = (make(TINY, base, 2, torch.float32, "cpu") for make in (mixed.masked, mixed.lora))
+    far = call(base)
+    for model in (masks, loras):
+        found = [call(model, adapter_names=[name] * 2) for name in ("t0", "t1")]
+        assert not torch.equal(*found)
+        assert not any(torch.equal(one, far) for one in found)

@@ -1,0 +1,218 @@
+"""The sparse correction: what the weights that are off would have added to an output, for rows of several adapters.
+
+With Z the weights that are off and zero elsewhere, `x (W * M)^T = x W^T - x Z^T`. The first product is one for the
+whole batch, whoever its rows belong to; the second is as sparse as the mask and differs from adapter to adapter. So a
+batch of many adapters costs one pass and a little for each.
+
+The sum is another order of adding the same numbers, and not the bits of the masked product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_WIDEST = 64  # tokens that are gathered at once for one adapter: their values stay in the processor's cache
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros:
+    """The weights that one mask switches off, by output; outputs with equally many of them stand together.
+
+    A loop of the same length many times over is what a processor foresees: twice as fast as in the order of outputs.
+
+    Attributes:
+        pointers: (out + 1,) int32, where the weights of each output begin, and where the last ones end.
+        columns: (zeros,) int32, the input of each weight.
+        values: (zeros,) tensor of the weight's dtype, what the base has there.
+        places: (out,) int32, which of the sorted outputs is the first, the second, ...
+    """
+
+    pointers: Tensor
+    columns: Tensor
+    values: Tensor
+    places: Tensor
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The first three on a CPU, as scipy wants to have them: the values in float32 at least."""
+        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
+        return self.pointers.numpy(), self.columns.numpy(), values.numpy()
+
+    def to_dense(self, width: int) -> Tensor:
+        """Return Z, an (out, width) tensor of the dtype of the values."""
+        counts = self.pointers.diff().long()
+        dense = self.values.new_zeros(len(counts), width)
+        dense[torch.repeat_interleave(counts), self.columns.long()] = self.values
+        return dense[self.places.long()]
+
+
+def zeros_of(positions: Tensor, weight: Tensor, *, transposed: bool = False) -> Zeros:
+    """Return the weights at row-major positions as `Zeros`.
+
+    Args:
+        positions: (zeros,) integer tensor, ascending and distinct.
+        weight: (out, in) tensor, contiguous; (in, out) if `transposed`.
+        transposed: whether `weight` is stored as in transformers' `Conv1D`.
+    """
+    positions = positions.long()
+    rows, columns = positions // weight.shape[1], positions % weight.shape[1]
+    if transposed:
+        rows, columns = columns, rows
+    counts = rows.new_zeros(weight.shape[1 if transposed else 0]).index_add_(0, rows, torch.ones_like(rows))
+    by_count = counts.argsort(stable=True)
+    places = by_count.argsort()
+    order = places[rows].argsort(stable=True)
+    return Zeros(
+        pointers=torch.nn.functional.pad(counts[by_count].cumsum(0), (1, 0)).int(),
+        columns=columns[order].int(),
+        values=weight.detach().view(-1)[positions[order]],
+        places=places.int(),
+    )
+
+
+def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
+    """Return `x Z^T`, with the Z of its own adapter for each token.
+
+    Args:
+        x: (tokens, in) tensor, those of one adapter together.
+        sizes: how many tokens each of the adapters has; what is left behind them belongs to none.
+        zeros: what each of the adapters switches off, at least one.
+
+    Returns:
+        (tokens, out) tensor of the dtype of `x`, zero for tokens of none; differentiable in `x`. Summed in float32 at
+        least and rounded once.
+
+    Source: the sum over an output's weights is what an embedding bag does with the rows of a table.
+    """
+    if max(sizes) == 1 and len(x) == sum(sizes) == len(sizes) and not (torch.is_grad_enabled() and x.requires_grad):
+        return _of_one_token_each(x, zeros)  # what the operator would do, with what is kept with the zeros
+    lists = ([getattr(own, field.name) for own in zeros] for field in fields(Zeros))
+    return cast(Tensor, torch.ops.peft_mask.correction(x, sizes, *lists))
+
+
+def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
+    """The readable twin of `correct`: same shapes, same values, same gradient; makes each Z a matrix."""
+    groups = x.split([*sizes, len(x) - sum(sizes)])
+    outputs = [tokens @ own.to_dense(x.shape[1]).t() for tokens, own in zip(groups, zeros, strict=False)]
+    return torch.cat([*outputs, x.new_zeros(len(groups[-1]), len(zeros[0].places))])
+
+
+torch.library.define(
+    "peft_mask::correction",
+    "(Tensor x, SymInt[] sizes, Tensor[] pointers, Tensor[] columns, Tensor[] values, Tensor[] places) -> Tensor",
+)
+
+
+@torch.library.impl("peft_mask::correction", "default")
+def _correction(
+    x: Tensor,
+    sizes: Sequence[int],
+    pointers: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    values: Sequence[Tensor],
+    places: Sequence[Tensor],
+) -> Tensor:
+    zeros = [Zeros(*own) for own in zip(pointers, columns, values, places, strict=True)]
+    parts, start = [], 0
+    for size, run in groupby(zip(sizes, zeros, strict=True), key=itemgetter(0)):
+        own = [each for _, each in run]
+        tokens = x[start : start + size * len(own)]
+        start += len(tokens)
+        if size == 1:
+            parts.append(_of_one_token_each(tokens, own))
+            continue
+        for group, each in zip(tokens.split(size) if size else [tokens] * len(own), own, strict=True):
+            parts += [_of_one_adapter(chunk, each) for chunk in group.split(_WIDEST)]
+    if start < len(x):
+        parts.append(x.new_zeros(len(x) - start, len(places[0])))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _of_one_adapter(tokens: Tensor, zeros: Zeros) -> Tensor:
+    """Return `x Z^T` for tokens that have one Z."""
+    return _bags(tokens.t().contiguous(), zeros).index_select(0, zeros.places).t().contiguous()
+
+
+def _of_one_token_each(tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
+    """Return `x Z^T` for as many tokens as there are Z, each with its own."""
+    if tokens.device.type == "cpu" and (csr_matvec := compiled_product()) is not None:
+        sums = _by_scipy(csr_matvec, tokens, zeros)
+    else:
+        sums = torch.cat([_bags(token.unsqueeze(1), own) for token, own in zip(tokens.unbind(), zeros, strict=True)])
+    first = torch.arange(0, len(zeros) * len(zeros[0].places), len(zeros[0].places), device=tokens.device)
+    places = torch.stack([own.places for own in zeros]) + first.int().unsqueeze(1)
+    return sums.view(-1).index_select(0, places.view(-1)).view(len(tokens), -1).to(tokens.dtype)
+
+
+def _bags(table: Tensor, zeros: Zeros) -> Tensor:
+    """Return for each sorted output the sum of the rows of an (in, tokens) table, times the values."""
+    return torch.embedding_bag(table, zeros.columns, zeros.pointers, False, 0, False, zeros.values, True)[0]
+
+
+def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    (count, width), out = tokens.shape, zeros[0].places.shape[0]
+    sums = torch.zeros(count, out, dtype=wide)
+    for token, own, into in zip(tokens.detach().to(wide).contiguous().numpy(), zeros, sums.numpy(), strict=True):
+        csr_matvec(out, width, *own.arrays, token, into)
+    return sums
+
+
+@cache
+def compiled_product() -> Callable[..., None] | None:
+    """Return scipy's product of a sparse matrix and a vector, without what scipy does around it; None without scipy.
+
+    For one token a bag takes twice its time.
+    """
+    try:
+        from scipy.sparse._sparsetools import csr_matvec
+    except ImportError:
+        return None
+    return cast("Callable[..., None]", csr_matvec)
+
+
+def _fake(
+    x: Tensor,
+    sizes: Sequence[int],
+    pointers: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    values: Sequence[Tensor],
+    places: Sequence[Tensor],
+) -> Tensor:
+    return x.new_empty(len(x), len(places[0]))
+
+
+torch.library.register_fake("peft_mask::correction", _fake)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.sizes, pointers, columns, values, places = inputs
+    ctx.save_for_backward(*pointers, *columns, *values, *places)
+    ctx.width = x.shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """`dL/dx = dL/dy Z`: the same weights, added from outputs to inputs."""
+    count = len(ctx.sizes)
+    saved = [ctx.saved_tensors[start : start + count] for start in range(0, 4 * count, count)]
+    parts = []
+    for tokens, *own in zip(grad.split([*ctx.sizes, len(grad) - sum(ctx.sizes)]), *saved, strict=False):
+        zeros = Zeros(*own)
+        into = tokens.t()[zeros.places.argsort()]  # dL/dy by sorted output
+        added = into[torch.repeat_interleave(zeros.pointers.diff().long())] * zeros.values.unsqueeze(1)
+        parts.append(tokens.new_zeros(ctx.width, len(tokens)).index_add_(0, zeros.columns, added).t())
+    parts.append(grad.new_zeros(len(grad) - sum(ctx.sizes), ctx.width))
+    nothing = [None] * count
+    return torch.cat(parts), None, nothing, nothing, nothing, nothing
+
+
+torch.library.register_autograd("peft_mask::correction", _backward, setup_context=_keep)
