@@ -6,7 +6,7 @@ import math
 
 import torch
 
-LEAST = 64  # tokens: of fewer the product of all costs next to nothing
+LEAST = 512  # tokens: of fewer, votes get noisier than a cheaper step is worth
 
 
 def telling_tokens(grads: torch.Tensor, inputs: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
