@@ -176,7 +176,7 @@ def test_torchs_own_compiler_trains_what_is_trained_without_it(fields):
         forward = torch.compile(model, fullgraph=True) if compiled else model
         torch._dynamo.reset()
         for _ in range(3):
-            forward(torch.arange(1600.0).view(100, 16).sin()).square().sum().backward()
+            forward(torch.arange(9600.0).view(600, 16).sin()).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         return [p.detach() for name, p in model.named_parameters() if "scores" in name]

@@ -22,7 +22,7 @@ def test_the_tokens_with_the_largest_terms_are_chosen_in_their_order():
         assert torch.equal(their_inputs, inputs[largest])
 
 
-@pytest.mark.parametrize(("tokens", "share", "chosen"), [(10, 0.1, 10), (LEAST + 1, 0.1, LEAST), (1000, 0.25, 250)])
+@pytest.mark.parametrize(("tokens", "share", "chosen"), [(10, 0.1, 10), (LEAST + 1, 0.1, LEAST), (3000, 0.25, 750)])
 def test_so_many_are_chosen_and_never_too_few_to_tell(tokens, share, chosen):
     grads, inputs = telling_tokens(torch.randn(tokens, 3), torch.randn(tokens, 2), share)
     assert len(grads) == len(inputs) == chosen
@@ -30,9 +30,9 @@ def test_so_many_are_chosen_and_never_too_few_to_tell(tokens, share, chosen):
 
 def test_a_gradient_that_is_not_finite_is_always_among_them():
     for value in (torch.nan, torch.inf):
-        grads = torch.ones(300, 2)
+        grads = torch.ones(2 * LEAST, 2)
         grads[17, 1] = value
-        assert not telling_tokens(grads, torch.zeros(300, 3), 0.1)[0].isfinite().all()
+        assert not telling_tokens(grads, torch.zeros(2 * LEAST, 3), 0.1)[0].isfinite().all()
 
 
 def test_tokens_without_a_gradient_are_left_out_and_nothing_is_lost():
