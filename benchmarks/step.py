@@ -1,12 +1,14 @@
 """Time and peak memory of a training step: masks, full fine-tuning, LoRA r=8, and masking as the official code does it.
 
 python -m benchmarks.step [--rounds 15]
-python -m benchmarks.step --device cuda --dtype bfloat16   # larger batches; large models: llama_step
+python -m benchmarks.step --checkpointing [--dtype bfloat16]    # the same with gradient checkpointing
+python -m benchmarks.step --device cuda --dtype bfloat16        # larger batches; large models: llama_step
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +92,7 @@ def base_model(shape: dict[str, Any]) -> PreTrainedModel:
 
 
 MASKS = {name: row for name, row in memory.MASKS.items() if row[1] != "adamw"} | {
+    "mask, gradient_tokens=0.25": ({"gradient_tokens": 0.25}, "sign"),
     "mask, all weights, threshold, AdamW": ({"candidates": None, "binarizer": "threshold"}, "adamw"),
 }
 
@@ -126,6 +129,14 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
 }
 
 
+def checkpointed(model: nn.Module) -> nn.Module:
+    """Let a model compute the activations of its blocks again in the backward pass."""
+    anything: Any = model
+    anything.gradient_checkpointing_enable()
+    anything.enable_input_require_grads()
+    return model
+
+
 def make_step(variant: str, model: nn.Module, batch: tuple[int, int]) -> Callable[[], None]:
     """Return a function that does one optimizer step of a model made for `variant`, on fixed random rows."""
     generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
@@ -150,23 +161,27 @@ def make_optimizer(variant: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
 
-def peak_of_training(variant: str, make: Callable[[], PreTrainedModel], batch: tuple[int, int], device: str) -> int:
+def peak_of_training(variant: str, make: Callable[[str], nn.Module], batch: tuple[int, int], device: str) -> int:
     """Peak bytes of tensors from making the model to the end of its second step."""
 
     def run() -> None:
-        step = make_step(variant, VARIANTS[variant](make()), batch)
+        step = make_step(variant, make(variant), batch)
         step()
         step()
 
     return peak_bytes(run, device)
 
 
-def estimated_bytes(shape: dict[str, Any], batch: tuple[int, int], variant: str, dtype: torch.dtype) -> int | None:
+def estimated_bytes(
+    shape: dict[str, Any], batch: tuple[int, int], variant: str, dtype: torch.dtype, checkpointing: bool
+) -> int | None:
     """What `training_memory` says of a mask before there is a model."""
     if variant not in MASKS:
         return None
     with torch.device("meta"):
         model = base_model(shape).to(dtype).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         inputs = {"input_ids": torch.zeros(batch, dtype=torch.long), "labels": torch.zeros(batch[0], dtype=torch.long)}
     return training_memory(model, mask_config(variant), inputs, MASKS[variant][1]).total
 
@@ -181,45 +196,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=ALL_MODELS, metavar="MODEL", help=f"of {', '.join(ALL_MODELS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base model")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, for all variants")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args(arguments)
     dtype = getattr(torch, args.dtype)
+    on_cpu = torch.device(args.device).type == "cpu"
     rows, figures, batches = [], {}, []
-    for name in args.models or (MODELS if torch.device(args.device).type == "cpu" else GPU_MODELS):
+    for name in args.models or (MODELS if on_cpu else GPU_MODELS):
         shape, batch = ALL_MODELS[name]
         batches.append(f"{name} {batch[0]} of {batch[1]}")
 
-        def make(shape: dict[str, Any] = shape) -> PreTrainedModel:
-            return base_model(shape).to(args.device, dtype)
+        def make(variant: str, shape: dict[str, Any] = shape) -> nn.Module:
+            model = VARIANTS[variant](base_model(shape).to(args.device, dtype))
+            return checkpointed(model) if args.checkpointing else model
 
-        steps = {variant: make_step(variant, build(make()), batch) for variant, build in VARIANTS.items()}
-        times = in_turn(steps, args.rounds, warmup=2, device=args.device)
+        steps = {variant: make_step(variant, make(variant), batch) for variant in VARIANTS}
+        clock = time.process_time if on_cpu else time.perf_counter
+        times = in_turn(steps, args.rounds, warmup=2, clock=clock, device=args.device)
         del steps
         for variant in VARIANTS:
-            ratio = times[variant].ratio(times["full fine-tuning"])
+            ratio, to_lora = (times[variant].ratio(times[other]) for other in ("full fine-tuning", "LoRA r=8"))
             peak = peak_of_training(variant, make, batch, args.device)
             figures[f"{name}/{variant}"] = {"seconds": times[variant].seconds, "peak_bytes": peak}
             spread = f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
-            estimate = estimated_bytes(shape, batch, variant, dtype)
+            estimate = estimated_bytes(shape, batch, variant, dtype, args.checkpointing)
             figures[f"{name}/{variant}"]["estimated_bytes"] = estimate
-            rows.append(
-                (name, variant, f"{times[variant].median * 1e3:.0f}", spread, f"{peak / 1e6:.0f}", _in_mb(estimate))
-            )
+            times_lora = f"{to_lora[0]:.2f} ({to_lora[1]:.2f}-{to_lora[2]:.2f})"
+            milliseconds = f"{times[variant].median * 1e3:.0f}"
+            rows.append((name, variant, milliseconds, spread, times_lora, f"{peak / 1e6:.0f}", _in_mb(estimate)))
     header = (
         "model",
         "variant",
         "ms a step (median)",
         "x full fine-tuning (min-max)",
+        "x LoRA r=8 (min-max)",
         "peak memory, MB",
         "`training_memory` says",
     )
     body = (
         f"{args.rounds} rounds, variants in turn. A step is forward, backward and the optimizer (AdamW, for "
-        f"all but masks fused) on rows of word pieces ({', '.join(batches)}), in {args.dtype}, dropout as it "
-        "comes; ratios are round by round. Memory: the most that tensors held at one time "
+        f"all but masks fused) on rows of word pieces ({', '.join(batches)}), in {args.dtype}, dropout as it comes"
+        f"{', with gradient checkpointing' if args.checkpointing else ''}; of a CPU processor time, of all threads; "
+        "ratios are round by round. Memory: the most that tensors held at one time "
         "from making the model to the end of the second step.\n\n" + table(header, rows)
     )
-    report("step", "A training step: time and memory", body, figures, args.results, args.device)
+    parts = ["step", *(["bfloat16"] if on_cpu and dtype == torch.bfloat16 else [])]
+    parts += ["checkpointed"] if args.checkpointing else []
+    report("-".join(parts), "A training step: time and memory", body, figures, args.results, args.device)
 
 
 if __name__ == "__main__":

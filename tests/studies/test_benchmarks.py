@@ -150,10 +150,16 @@ def test_a_base_that_did_not_come_back_is_seen(tmp_path):
         life.unmerge()
 
 
-def test_the_step_benchmark_compares_every_variant_of_the_models_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "page"),
+    [([], "step"), (["--checkpointing", "--dtype", "bfloat16"], "step-bfloat16-checkpointed")],
+    ids=["plain", "checkpointed"],
+)
+def test_the_step_benchmark_compares_every_variant_of_the_models_named(tmp_path, monkeypatch, options, page):
     monkeypatch.setitem(step.ALL_MODELS, "MiniLM-L6", (TINY, (2, 4)))
-    step.main(["--rounds", "2", "--models", "MiniLM-L6", "--results", str(tmp_path)])
-    text = (tmp_path / "step.md").read_text()
+    step.main(["--rounds", "2", "--models", "MiniLM-L6", "--results", str(tmp_path), *options])
+    text = (tmp_path / f"{page}.md").read_text()
+    assert ("with gradient checkpointing" in text) == bool(options)
     assert "(MiniLM-L6 2 of 4)" in text
     assert [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| MiniLM")] == [
         ["| MiniLM-L6", variant] for variant in step.VARIANTS
