@@ -24,29 +24,31 @@ def found_ahead(model: nn.Module) -> Iterator[None]:
     Layers that are alike are taken together: the same number of weights, of candidates and of zeros. On a CPU, where
     nothing is launched, each layer finds its own, and so do layers whose scores are in parts until they are used.
     """
-    found = _find(model)
+    found = _alike(model)
     try:
+        for (*_, numel, count, zeros), members in found.items():
+            at_a_time = max(1, _MOST // count)
+            for start in range(0, len(members), at_a_time):
+                _find_alike(members[start : start + at_a_time], numel, zeros)
         yield
     finally:
-        for layer in found:
-            layer.found.end_ahead()
+        for members in found.values():
+            for layer, _ in members:
+                layer.found.end_ahead()
 
 
-def _find(model: nn.Module) -> list[ScoredLayer]:
+def _alike(model: nn.Module) -> dict[tuple[Any, ...], list[tuple[ScoredLayer, str]]]:
+    """Return the layers and adapters whose masks are found together, by what they have in common."""
     first = next(model.parameters(), None)
     if torch.compiler.is_compiling() or first is None or first.device.type in ("cpu", "meta"):
-        return []
+        return {}
     alike: dict[tuple[Any, ...], list[tuple[ScoredLayer, str]]] = defaultdict(list)
     for layer in model.modules():
         if isinstance(layer, ScoredLayer) and not layer.merged and not layer.disable_adapters:
             for adapter_name in layer.active_adapters:
                 if adapter_name in layer.peft_mask_scores and (kind := _kind(layer, adapter_name)) is not None:
                     alike[kind].append((layer, adapter_name))
-    for (*_, numel, count, zeros), members in alike.items():
-        at_a_time = max(1, _MOST // count)
-        for start in range(0, len(members), at_a_time):
-            _find_alike(members[start : start + at_a_time], numel, zeros)
-    return [layer for members in alike.values() for layer, _ in members]
+    return alike
 
 
 def _kind(layer: ScoredLayer, adapter_name: str) -> tuple[Any, ...] | None:

@@ -66,7 +66,9 @@ class Embedding(MaskLayer):
         return x.new_empty(*x.shape, self.out_features, dtype=self.stored.parameter.dtype)
 
     def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
-        return in_graph(self.key_in_graph, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
+        if can_be_in_graph(x, self.parameters()):
+            return in_graph(self.key_in_graph, x)
+        return super()._mixed_forward_in_graph(x)
 
     def _needs_gradient(self) -> bool:
         return torch.is_grad_enabled() and self.stored.parameter.requires_grad

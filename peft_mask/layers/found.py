@@ -29,7 +29,8 @@ class Found:
             return find()
         known = self._off.get(adapter_name)
         if known is not None and known.device == device and (adapter_name in self._ahead or _runs_backward()):
-            return known
+            # autograd refuses what an evaluation under `inference_mode` has found in between
+            return find() if known.is_inference() and not torch.is_inference_mode_enabled() else known
         found = self._off[adapter_name] = find()
         return found
 

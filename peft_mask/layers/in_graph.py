@@ -29,9 +29,15 @@ def make_known(layers: Iterable[Any]) -> None:
             _layers[layer.key_in_graph] = layer
 
 
-def can_be_in_graph(x: Tensor) -> bool:
-    """Return whether the operator computes what the layer would: it has no gradient, and sees no autocast."""
-    return not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled(x.device.type)
+def can_be_in_graph(x: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Return whether the operator computes what a layer would: it has no gradient, and sees no autocast.
+
+    Args:
+        x: the input.
+        parameters: those of the layer.
+    """
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    return not differentiable and not torch.is_autocast_enabled(x.device.type)
 
 
 def in_graph(key: int, x: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ class MaskLayer(ScoredLayer):
         # transformers' load_adapter ends with `eval()`, the only word that it says when everything has come
         for adapter_name in [name for name in self._checks if not self.peft_mask_bits.is_open(name)]:
             self._checks.pop(adapter_name)()
+        if mode:  # optimizers of `fused=True` and of others write into weights without a trace
+            self.known_zeros.drop()
         return super().train(mode)
 
     # ---- forward ----

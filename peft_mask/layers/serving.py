@@ -81,7 +81,9 @@ class ServedLinear(LayerWithBias):
         return x.new_empty(*x.shape[:-1], self.out_features)
 
     def _mixed_forward_in_graph(self, x: torch.Tensor) -> Any:
-        return in_graph(self.key_in_graph, x) if can_be_in_graph(x) else super()._mixed_forward_in_graph(x)
+        if can_be_in_graph(x, self.parameters()):
+            return in_graph(self.key_in_graph, x)
+        return super()._mixed_forward_in_graph(x)
 
     def _compute_rows(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         check_not_traced()
@@ -122,7 +124,9 @@ class ServedLinear(LayerWithBias):
             for part, name, place in zip(parts, names, places, strict=True)
         ]
         found = list(patched_products(groups, weight, transposed=self._transposed))
-        return torch.cat(found) if alone else output.view(-1, *parts[0].shape[1:-1], self.out_features)
+        if alone:
+            return torch.cat(found)
+        return output.view(sum(map(len, parts)), *parts[0].shape[1:-1], self.out_features)
 
     def _compute_alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._compute_base(x) if name == BASE else self._compute([name], x)

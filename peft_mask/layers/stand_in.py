@@ -43,6 +43,7 @@ class _StandIn(MaskLayer):
             return super().forward(*args, **kwargs)
 
     def _mixed_forward(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        self.check_not_merged()
         # The rows of the batch cannot be told apart here, which is right if none of their adapters is.
         if here := self.available_adapters & rows.owners:
             raise ValueError(

@@ -19,7 +19,7 @@ class SignStep:
     """A step of one parameter.
 
     Attributes:
-        parameter: what moves, any floating dtype, contiguous; of a sharded one, this process's part.
+        parameter: what moves, any floating dtype, without gaps in memory; of a sharded one, this process's part.
         grad: its gradient, of the same shape and device.
         size: how far: a number or, not to be read, float32 or float64 without dimensions on the device.
         draw: what tells its random numbers from those of other steps and parameters; used for 16 bits.
@@ -61,7 +61,9 @@ def _portions(steps: Sequence[SignStep]) -> Iterator[list[_Part]]:
         if step.parameter.dtype in _DROPPED_BITS:
             # hashed, because torch's CPU generator looks at the lowest 32 bits of its seed only
             generator = torch.Generator(step.parameter.device).manual_seed(zlib.crc32(step.draw.encode()))
-        pieces = step.parameter.view(-1).split(most), step.grad.reshape(-1).split(most)
+        # as they lie in memory, which `channels_last` may have put in another order
+        order = sorted(range(step.parameter.dim()), key=step.parameter.stride, reverse=True)
+        pieces = step.parameter.permute(order).view(-1).split(most), step.grad.permute(order).reshape(-1).split(most)
         for parameter, grad in zip(*pieces, strict=True):
             if portion and sum(len(part.grad) for part in portion) + len(grad) > most:
                 yield portion

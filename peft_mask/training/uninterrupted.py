@@ -22,5 +22,5 @@ def interrupted_afterwards() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if waiting:
-        handler(*waiting[-1])
+        if waiting:  # also after an error, which whoever catches it would take for all that happened
+            handler(*waiting[-1])

@@ -106,3 +106,18 @@ def test_a_model_that_is_moved_forgets_it():
     model(torch.ones(3, 8))
     model.double()
     assert not model.base_model.model.first.found.__dict__["_off"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in an evaluation none has
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_evaluation_in_inference_mode_before_the_backward_pass_does_no_harm(reentrant):
+    gradients = []
+    for evaluated in (False, True):
+        model, x = masked(reentrant), torch.ones(3, 8, requires_grad=True)
+        loss = model(x).square().sum()
+        if evaluated:
+            with torch.inference_mode():
+                model(x)
+        loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

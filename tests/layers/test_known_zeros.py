@@ -145,3 +145,42 @@ def test_copies_of_a_model_know_nothing():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert known(other) == [0, 0]
         check(other)
+
+
+def test_weights_that_nobody_counts_changes_of_are_not_remembered():
+    with torch.inference_mode():
+        base = mlp()
+    model = model_of(base)
+    first = check(model)
+    with torch.inference_mode():
+        for layer in layers_of(model):
+            layer.base_layer.weight.mul_(2)
+    assert not torch.allclose(check(model), first, atol=1e-2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_steps_of_fused_optimizers_on_the_base_are_noticed(training):
+    """They write into weights without a trace, as those of other libraries do."""
+    model = model_of(mlp())
+    first = check(model)
+    weights = [layer.base_layer.weight.requires_grad_() for layer in layers_of(model)]
+    optimizer = torch.optim.SGD(weights, lr=1.0, fused=True)
+    check(model.train(training).eval())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    model.train(training)
+    optimizer.step()
+    for weight in weights:
+        weight.requires_grad_(False)
+    assert not torch.allclose(check(model.eval()), first, atol=1e-2)
+
+
+def test_what_was_gathered_in_inference_mode_serves_gradients():
+    model = model_of(mlp())
+    x = X.clone().requires_grad_()
+    with torch.inference_mode():
+        expected = model(X, adapter_names=NAMES)
+    assert known(model) == [2, 2]
+    torch.testing.assert_close(model(x, adapter_names=NAMES), expected)
+    model(x, adapter_names=NAMES).sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -221,3 +221,11 @@ def test_a_layer_that_only_one_adapter_masks_is_the_base_for_the_others(tokens):
         mixed = model(x, adapter_names=names)
         for row, name in enumerate(names):
             torch.testing.assert_close(mixed[row], alone(model, name, lambda: model(x))[row])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_rows_without_tokens_have_no_output(exact):
+    model = served(linear(), target_modules=["0"])
+    model.base_model.set_exact(exact)
+    with torch.no_grad():
+        assert model(torch.zeros(2, 0, 9), adapter_names=["one", "two"]).shape == (2, 0, 7)

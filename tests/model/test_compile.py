@@ -237,6 +237,22 @@ def test_compiled_batches_have_gradients_and_autocast():
     torch.testing.assert_close(found(), expected)
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_compiled_batches_have_gradients_of_what_is_trained_of_the_base(trained):
+    model = served(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)), target_modules=["0", "1"])
+    parameter = getattr(model.base_model.model[1].base_layer, trained).requires_grad_()
+    x = torch.randn(2, 8)
+
+    def found():
+        parameter.grad = None
+        model(x, adapter_names=["one", "two"]).square().sum().backward()
+        return parameter.grad
+
+    expected = found()
+    model.get_base_model().compile(backend="eager")
+    torch.testing.assert_close(found(), expected)
+
+
 def test_a_trace_of_rows_of_several_adapters_is_refused():
     model = served(torch.nn.Sequential(torch.nn.Linear(8, 4)), target_modules=["0"])
     x = torch.randn(2, 8)

@@ -194,3 +194,12 @@ def test_disabled_adapters_are_disabled_for_every_row():
     inputs = batch(model)
     with model.disable_adapter():
         assert torch.equal(model(**inputs, adapter_names=NAMES).logits, model(**inputs).logits)
+
+
+def test_rows_of_no_adapter_are_refused_where_one_is_merged_into_attention():
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = get_peft_model(base, MaskConfig(target_modules=["self_attn"]), adapter_name="attention")
+    model.add_adapter("linear", MaskConfig(target_modules=["linear1"]))
+    model.eval().merge_adapter(["attention"])
+    with pytest.raises(ValueError, match="when there are merged adapters"), torch.no_grad():
+        model(torch.randn(2, 3, 8), adapter_names=["linear", "__base__"])

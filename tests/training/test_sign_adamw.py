@@ -32,6 +32,17 @@ def test_steps_shrink_once_gradients_are_below_a_quarter_of_the_largest(dtype):
         assert torch.equal(before - p, count * signs), size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_move_in_whatever_order_they_lie_in_memory(dtype):
+    """As in a model that `to(memory_format=torch.channels_last)` has reordered, whose gradients may lie otherwise."""
+    grad = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = nn.Parameter(torch.zeros(4, 3, 2, 2, dtype=dtype).to(memory_format=torch.channels_last))
+    scores.grad = grad
+    SignAdamW([{"params": [scores], "sign": True}], lr=0.5).step()
+    assert torch.equal(scores, -0.5 * grad.sign())
+    assert not scores.is_contiguous()
+
+
 def test_each_parameter_is_compared_with_itself():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = SignAdamW([{"params": [p, q], "sign": True, "lr": 1.0}])

@@ -133,6 +133,16 @@ def test_a_program_that_ignores_ctrl_c_or_runs_beside_the_main_thread_is_left_al
         signal.signal(signal.SIGINT, handler)
 
 
+def test_ctrl_c_is_not_lost_in_an_error_that_comes_after_it():
+    def fail_after_it():
+        with interrupted_afterwards():
+            press_ctrl_c()
+            fail()
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_after_it()
+
+
 def test_the_handler_is_back_after_an_error():
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), interrupted_afterwards():
