@@ -38,6 +38,17 @@ class Zeros(NamedTuple):
     values: Tensor
     places: Tensor
 
+    def positions(self, width: int, *, transposed: bool = False) -> Tensor:
+        """Return where the weights are in a matrix of so many columns: row-major, int64, in no order.
+
+        Args:
+            width: number of columns.
+            transposed: whether the matrix is stored as in transformers' `Conv1D`.
+        """
+        sorted_outputs = self.places.argsort()  # which output is the first of the sorted ones, the second, ...
+        outputs, inputs = sorted_outputs[torch.repeat_interleave(self.pointers.diff())], self.columns.long()
+        return inputs * width + outputs if transposed else outputs * width + inputs
+
     def to_dense(self, width: int) -> Tensor:
         """Return Z, an (out, width) tensor of the dtype of the values."""
         counts = self.pointers.diff().long()

@@ -27,6 +27,8 @@ class Embedding(MaskLayer):
     no gradient, and neither do its scores.
     """
 
+    _computes_with_zeros = True
+
     @staticmethod
     def input_dimension_of(base_layer: nn.Module) -> int | None:
         return None
