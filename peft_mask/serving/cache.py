@@ -18,6 +18,7 @@ from peft_mask.serving.errors import AdapterRefusedError
 from peft_mask.serving.flights import Flight, Flights, again
 from peft_mask.serving.lease import Lease
 from peft_mask.serving.resident import Version
+from peft_mask.serving.rooms import Rooms
 from peft_mask.serving.sizes import bytes_of
 from peft_mask.serving.slots import Slots
 from peft_mask.serving.source import Source, check_name, locator
@@ -84,8 +85,8 @@ class AdapterCache:
         self._counts = CacheStatistics()
         self._executor: ThreadPoolExecutor | None = None
         self._is_closed = False
-        self._slots = Slots(model, slots)
-        self._empty = list(self._rooms.slots.names)
+        self._rooms = Rooms(self._turns, Slots(model, slots), self.max_bytes)
+        self._resident = self._rooms.resident
 
     # ---- what users ask for ----
 

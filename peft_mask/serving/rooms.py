@@ -38,7 +38,12 @@ class Rooms:
         self._empty = list(slots.names)
 
     def admit(self, name: str, coded: CodedAdapter, held: Sequence[Version], deadline: float) -> Version:
-        """Put a version in force, once others have made room for it."""
+        """Put a version in force, once others have made room for it. The lock is held.
+
+        Raises:
+            NoRoomError: they had not by then.
+            ValueError: there cannot be room for it beside those that are `held`.
+        """
         needed = 0 if self.resident.holds(name, coded) else coded.nbytes
 
         def fits() -> bool:
@@ -59,6 +64,7 @@ class Rooms:
         return version
 
     def release(self, versions: Sequence[Version]) -> None:
+        """Count one less who uses each of these; an old version goes with the last."""
         with self._lock:
             for version in versions:
                 version.leases -= 1
@@ -69,7 +75,11 @@ class Rooms:
     # ---- from memory into a slot ----
 
     def fill(self, version: Version, held: Sequence[Version], deadline: float) -> None:
-        """Bring a version that is held into a slot. Nobody can name the slot before it is full."""
+        """Bring a version that is held into a slot. Nobody can name the slot before it is full.
+
+        Raises:
+            NoRoomError: no slot was free by then.
+        """
         with self._lock:
             slot = self._slot_for(held, deadline)
         try:
@@ -111,6 +121,7 @@ class Rooms:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
+        """Let those who were asked to leave be leased again at the end, if they are still there."""
         try:
             yield
         finally:
@@ -119,10 +130,12 @@ class Rooms:
                     version.leaving = False
 
     def evict(self, version: Version) -> None:
+        """Let a version go that nobody uses."""
         self.drop(version)
         self.evictions += 1
 
     def drop(self, version: Version) -> None:
+        """Take a version out of memory and of its slot, uncounted: another one takes its place."""
         self._leave_slot(version)
         self.resident.remove(version)
 
