@@ -227,7 +227,7 @@ class AdapterCache:
 
     def _at_once(self, rows: Sequence[str]) -> _Grant | None:
         """Lease adapters that are in slots already; None if one is not."""
-        with self._lock:
+        with self._counting_refusals(), self._lock:
             self._check_open()
             wanted = self._wanted(rows)
             versions = [self._resident.get(name) for name in wanted]
