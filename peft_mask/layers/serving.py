@@ -175,6 +175,12 @@ class ServedLinear(LayerWithBias):
         bias = self._bias(adapter_names)
         return None if bias is None else bias.to(weight.dtype)  # a quantized layer computes in a dtype of its own
 
+    def hold_record(self, adapter_name: str, record: torch.Tensor) -> None:
+        super().hold_record(adapter_name, record)
+        weight = self.stored.values()
+        if self._base_is_the_product and can_patch(weight):  # else what it is multiplied with is known in the call only
+            self._zeros([adapter_name], weight)  # now, and not in the first call, which others wait for
+
     def _zeros(self, adapter_names: Iterable[str], weight: torch.Tensor) -> list[Zeros]:
         """Return what adapters switch off in a weight that `_weight_for` returned."""
         held = self.peft_mask_bits
