@@ -76,6 +76,7 @@ gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmark
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m benchmarks.step --device cuda --dtype bfloat16
 	$(RUN) -m benchmarks.switch --device cuda --model BERT-base
+	$(RUN) -m benchmarks.mixed --device cuda
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B --base nf4
 

@@ -68,7 +68,9 @@ def slot_bytes(model: PeftModel, slot: str) -> int:
     total = 0
     for layer in [module for module in model.modules() if isinstance(module, MaskLayer)]:
         kept: list[Tensor] = [layer.peft_mask_bits.kept(slot)]
-        kept += list(layer.known_zeros._kept[slot][2]) if slot in layer.known_zeros._kept else []
+        if (found := layer.known_zeros._kept.get(slot)) is not None:
+            zeros = found[2]
+            kept += [zeros.pointers, zeros.columns, zeros.values, zeros.places]
         total += sum(tensor.nbytes for tensor in kept)
     return total
 

@@ -10,19 +10,22 @@ The sum is another order of adding the same numbers, and not the bits of the mas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NARROW = 1 << 15  # places that an int16 tells apart
 _WIDEST = 64  # tokens that are gathered at once for one adapter: their values stay in the processor's cache
 
 
-class Zeros(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Zeros:
     """The weights that one mask switches off, by output; outputs with equally many of them stand together.
 
     A loop of the same length many times over is what a processor foresees: twice as fast as in the order of outputs.
@@ -39,6 +42,15 @@ class Zeros(NamedTuple):
     columns: Tensor
     values: Tensor
     places: Tensor
+
+    @cached_property
+    def _views(self) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        return self.pointers.numpy(), self.values.numpy() if self.values.dtype.itemsize > 2 else None
+
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return the first three on a CPU, as scipy wants to have them; kept so, they would take twice the memory."""
+        pointers, values = self._views
+        return pointers, self.columns.int().numpy(), self.values.float().numpy() if values is None else values
 
     def positions(self, width: int, *, transposed: bool = False) -> Tensor:
         """Return where the weights are in a matrix of so many columns: row-major, int64, in no order.
@@ -110,8 +122,10 @@ def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
 
     Source: the sum over an output's weights is what an embedding bag does with the rows of a table.
     """
-    pointers, columns, values, places = zip(*zeros, strict=True)
-    return torch.ops.peft_mask.correction(x, sizes, pointers, columns, values, places)
+    if max(sizes) == 1 and len(x) == sum(sizes) == len(sizes) and not (torch.is_grad_enabled() and x.requires_grad):
+        return _of_one_token_each(x, zeros)  # what the operator would do, with what is kept with the zeros
+    lists = ([getattr(own, field.name) for own in zeros] for field in fields(Zeros))
+    return cast(Tensor, torch.ops.peft_mask.correction(x, sizes, *lists))
 
 
 def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
@@ -175,10 +189,10 @@ def _bags(table: Tensor, zeros: Zeros) -> Tensor:
 
 def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    sums = torch.zeros(len(tokens), len(zeros[0].places), dtype=wide)
+    (count, width), out = tokens.shape, zeros[0].places.shape[0]
+    sums = torch.zeros(count, out, dtype=wide)
     for token, own, into in zip(tokens.detach().to(wide).contiguous().numpy(), zeros, sums.numpy(), strict=True):
-        values = own.values if own.values.dtype == wide else own.values.to(wide)
-        csr_matvec(len(into), len(token), own.pointers.numpy(), own.columns.int().numpy(), values.numpy(), token, into)
+        csr_matvec(out, width, *own.arrays(), token, into)
     return sums
 
 

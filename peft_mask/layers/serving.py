@@ -123,20 +123,15 @@ class ServedLinear(LayerWithBias):
         """Return the output for rows of one adapter after another, to the bit those of merged weights."""
         sizes = [part.shape[:-1].numel() for part in parts]
         output = weight.new_empty(sum(sizes), self.out_features)
-        places = [None] * len(parts) if torch.is_autocast_enabled(weight.device.type) else output.split(sizes)
-        found = patched_products(
-            [
-                Group(aligned(part), self._off([name], weight), self._bias_for(weight, name), place)
-                for part, name, place in zip(parts, names, places, strict=True)
-            ],
-            weight,
-            transposed=self._transposed,
-        )
-        if places[0] is None:  # products of another dtype than the weight's
-            return torch.cat(list(found))
-        for _ in found:
-            pass
-        return output.view(-1, *parts[0].shape[1:-1], self.out_features)
+        # autocast makes products of another dtype, and what has a gradient, as a bias may, is not written into others
+        alone = torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type)
+        places = [None] * len(parts) if alone else output.split(sizes)
+        groups = [
+            Group(aligned(part), self._off([name], weight), self._bias_for(weight, name), place)
+            for part, name, place in zip(parts, names, places, strict=True)
+        ]
+        found = list(patched_products(groups, weight, transposed=self._transposed))
+        return torch.cat(found) if alone else output.view(-1, *parts[0].shape[1:-1], self.out_features)
 
     def _compute_alone(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._compute_base(x) if name == BASE else self._compute([name], x)

@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_twin(sizes):
 def test_the_operator_is_what_pytorch_asks_of_one(requires_grad):
     zeros, _ = some_zeros(2)
     x = torch.randn(4, WIDTH, requires_grad=requires_grad)
-    lists = [list(tensors) for tensors in zip(*zeros, strict=True)]
+    lists = [[getattr(own, name) for own in zeros] for name in ("pointers", "columns", "values", "places")]
     torch.library.opcheck(torch.ops.peft_mask.correction.default, (x, [1, 2], *lists))
 
 

@@ -139,6 +139,16 @@ def test_gradients_of_a_base_that_is_trained_are_not_those_of_weights_that_are_o
     assert torch.equal(layer.base_layer.weight.grad != 0, layer.mask("one"))
 
 
+@pytest.mark.parametrize("names", [["one", "two"], ["one", "one"]])
+def test_gradients_reach_a_bias(tokens, names):
+    base = linear()
+    model = served(copy.deepcopy(base), target_modules=["0"])
+    bias = layers_of(model)[0].base_layer.bias.requires_grad_()
+    output = model(torch.randn(2, tokens, 9), adapter_names=names)
+    output.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((7,), 2.0 * tokens))
+
+
 def test_autocast_applies(tokens):
     model = served(linear(), target_modules=["0"])
     x = torch.randn(5, tokens, 9)

@@ -35,7 +35,14 @@ WAITS = {
     "embedding": {"forward": 2, "backward": 0, "step": 1},  # how many rows are looked up, and candidates in them
     "checkpointed": STEP,
     "resumed, bfloat16 scores": STEP,
-    "serving": {"unmerged": 0, "a later switch": 0, "merged": 0},
+    "serving": {
+        "the first unmerged": 2,
+        "unmerged": 0,
+        "the first mixed": 2,
+        "mixed": 0,
+        "a later switch": 0,
+        "merged": 0,
+    },
     "a log of two matrices": {"log": 8},  # NaN, positions, zeros and flips of each
 }
 

@@ -52,8 +52,13 @@ def of_serving(device, folder):
     x = torch.ones(3, 12, device=device)
     found = {}
     with torch.no_grad():
+        with waits() as found["the first unmerged"]:  # finds where the mask is off, a wait for each layer
+            model(x)
         with waits() as found["unmerged"]:
             model(x)
+        for phase in ("the first mixed", "mixed"):
+            with waits() as found[phase]:
+                model(x, adapter_names=["a", "b", "__base__"])
         for name in "abab":
             with waits() as found["a later switch"]:
                 model.base_model.switch_adapter(name)
