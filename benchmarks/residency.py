@@ -64,10 +64,10 @@ def resident_bytes() -> int:
 
 
 def slot_bytes(model: PeftModel, slot: str) -> int:
-    """What a slot in use takes, its head aside: records, and what was gathered of them."""
+    """What a slot in use takes beside its adapter's bytes and its head: what was gathered of the records."""
     total = 0
     for layer in [module for module in model.modules() if isinstance(module, MaskLayer)]:
-        kept: list[Tensor] = [layer.peft_mask_bits.kept(slot)]
+        kept: list[Tensor] = []
         if (found := layer.known_zeros._kept.get(slot)) is not None:
             zeros = found[2]
             kept += [zeros.pointers, zeros.columns, zeros.values, zeros.places]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from peft_mask.model.names import FOR_TRAINING
+from peft_mask.model.names import BITS, FOR_TRAINING, module_name, named
 from peft_mask.serving.source import CONFIG, TENSORS
 from peft_mask.settings.config import MaskConfig
 
@@ -26,22 +26,45 @@ class CodedAdapter:
     """An adapter as it lies in memory.
 
     Attributes:
-        data: the file's own bytes, or without what is for training only: records of masks, and tensors of the head.
+        file: (bytes,) uint8, the file's own bytes, or without what is for training only: records and head.
         digest: tells the files of one version from those of another.
     """
 
-    data: bytes
+    file: Tensor
     digest: str
+
+    @classmethod
+    def of(cls, data: bytes, digest: str) -> CodedAdapter:
+        """Keep the bytes of a safetensors file."""
+        with torch.inference_mode(False):  # whoever asks first: the others could not tell when this changes
+            return cls(torch.frombuffer(bytearray(data), dtype=torch.uint8), digest)
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        return len(self.data)
+        return self.file.nbytes
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return records and head by their names in the file, in memory of their own."""
-        with torch.inference_mode(False):  # whoever asks first: the others could not tell when these change
-            return dict(load(self.data))
+    def records(self) -> dict[str, Tensor]:
+        """Return the records of its masks by module name, as views: they take no memory of their own."""
+        raw = self.file.numpy()
+        start = 8 + int.from_bytes(
+            raw[:8].tobytes(), "little"
+        )  # the length of the index comes first
+        index = json.loads(raw[8:start].tobytes())
+        with torch.inference_mode(False):
+            return named(
+                {
+                    key: self.file[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+                    for key, entry in index.items()
+                    if key.endswith(BITS)
+                },
+                BITS,
+            )
+
+    def head(self) -> dict[str, Tensor]:
+        """Return what it has beside the masks, by name in the file without PEFT's prefix."""
+        tensors = load(self.file.numpy().tobytes())
+        return {module_name(key): tensor for key, tensor in tensors.items() if not key.endswith(BITS)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,7 @@ def read_adapter(folder: Path, max_bytes: int) -> ReadAdapter:
     digest.update(data)
     if kept := {name: tensor for name, tensor in tensors.items() if not name.endswith(FOR_TRAINING)}:
         data = data if len(kept) == len(tensors) else save(kept)
-    return ReadAdapter(config, kept, CodedAdapter(data, digest.hexdigest()))
+    return ReadAdapter(config, kept, CodedAdapter.of(data, digest.hexdigest()))
 
 
 def _both_files(folder: Path, max_bytes: int) -> tuple[bytes, bytes]:

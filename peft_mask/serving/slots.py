@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.model.names import BITS, module_name, named
+from peft_mask.model.names import module_name
 from peft_mask.serving.coded import CodedAdapter, ReadAdapter
 from peft_mask.serving.fitting import check_fits
 from peft_mask.settings.config import MaskConfig
@@ -93,17 +93,16 @@ class Slots:
 
     def fill(self, slot: str, adapter: CodedAdapter) -> None:
         """Put an adapter that was checked into a slot that nobody uses."""
-        tensors = adapter.tensors()
-        records = named(tensors, BITS)
+        records = adapter.records()
         with torch.inference_mode(False), torch.no_grad():
             for name, layer in self._layers.items():
                 if (record := records.get(name)) is None:
                     layer.let_go(slot)
                 else:
                     layer.hold_record(slot, record)
-            beside = {module_name(key): tensor for key, tensor in tensors.items() if not key.endswith(BITS)}
+            head = adapter.head() if self._heads else {}
             for name, place in self._tensors_of(slot):
-                place.copy_(beside[name])
+                place.copy_(head[name])
 
     def clear(self, slot: str) -> None:
         """Forget the masks of a slot that nobody uses; its head stays, for the next adapter."""
