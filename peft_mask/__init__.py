@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "HEAD_LR",
     "MASK_LR",
+    "AdapterCache",
+    "AdapterRefusedError",
     "DecayTowardKept",
     "GradientDropout",
     "HoldSparsity",
@@ -23,10 +25,12 @@ __all__ = [
     "MaskModel",
     "MaskStatistics",
     "Masks",
+    "NoRoomError",
     "SignAdamW",
     "SparsityPenalty",
     "SparsitySchedule",
     "TrainingMemory",
+    "UnknownAdapterError",
     "create_mask_optimizer",
     "fill_budget",
     "hold_zeros",
@@ -59,6 +63,8 @@ else:
     from peft_mask.model.hotswap import hotswap_adapter
     from peft_mask.model.mask_model import MaskModel
     from peft_mask.model.saving import keep_scores
+    from peft_mask.serving.cache import AdapterCache
+    from peft_mask.serving.errors import AdapterRefusedError, NoRoomError, UnknownAdapterError
     from peft_mask.settings.card import update_model_card
     from peft_mask.settings.config import MaskConfig, MaskType
     from peft_mask.training.callback import MaskCallback

@@ -60,7 +60,7 @@ def decode_gaps(data: bytes, count: int, size: int) -> Array:
     if blocks + count > 8 * len(data):
         raise ValueError(f"{len(data)} coded bytes are too few for {count} positions")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    ends = np.flatnonzero(bits)[: blocks + count] + 1
+    ends = np.flatnonzero(bits.view(np.bool_))[: blocks + count] + 1  # of bools numpy finds them several times as fast
     if len(ends) < blocks + count:
         raise ValueError("the coded positions end early")
     unary = np.diff(ends, prepend=0) - 1

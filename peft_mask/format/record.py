@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from peft_mask.format.coding import decode_gaps
 from peft_mask.format.fingerprint import Fingerprint
-from peft_mask.format.packing import bits_shape, count_zeros
+from peft_mask.format.packing import bits_shape, count_zeros, zero_positions
 from peft_mask.format.payload import BITS, BLOCKS, GAPS, GROUPS, RANKS, STRUCTURED, read_payload, write_payload
 
 MAGIC = b"PMSK"
@@ -127,6 +128,32 @@ def read_record(data: Tensor, shape: Sequence[int] | None = None, base: Tensor |
         raise ValueError(f"its shape is {_words(sizes)}, which is too large to be believed")
     bits = read_payload(header.codec, payload, sizes, zeros, base)
     return Record(**vars(header), bits=bits)
+
+
+def read_zero_positions(data: Tensor, base: Callable[[], Tensor]) -> Tensor:
+    """Read where the mask of a record is off: what `zero_positions` finds in its bits, mostly without making them.
+
+    Args:
+        data: a record that `read_record` has accepted.
+        base: returns the weight that the mask is for; called only if it is stored as ranks.
+
+    Returns:
+        int64, one dimension, on the CPU; row-major and ascending.
+
+    Raises:
+        ValueError: the record is damaged; the bare reason.
+    """
+    header, payload = _split(data)
+    weights = math.prod(header.shape)
+    if header.codec == GAPS and 2 * header.zeros <= weights:  # else the gaps are between kept weights
+        return torch.from_numpy(decode_gaps(payload, header.zeros, weights))
+    return zero_positions(read_bits(data, base), header.shape)
+
+
+def read_bits(data: Tensor, base: Callable[[], Tensor]) -> Tensor:
+    """Read the bits of a record that `read_record` has accepted; see `read_zero_positions`."""
+    header = read_header(data)
+    return read_record(data, header.shape, base() if header.codec == RANKS else None).bits
 
 
 def read_header(data: Tensor) -> Header:

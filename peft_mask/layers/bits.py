@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from peft_mask.format.packing import index_dtype, zero_positions
+from peft_mask.format.record import read_bits, read_zero_positions
 from peft_mask.layers.casting import Integers
+
+
+class HeldRecord(NamedTuple):
+    """The record of a mask, in place of its bits.
+
+    Attributes:
+        record: uint8, one dimension, on the CPU (see `format.record`).
+        base: returns the weight that the mask is for.
+        device: returns where the bits are wanted.
+    """
+
+    record: Tensor
+    base: Callable[[], Tensor]
+    device: Callable[[], torch.device]
 
 
 class BitsDict(Integers):
@@ -23,6 +38,10 @@ class BitsDict(Integers):
 
     An adapter that is only used is in here from the start, awaited until it is filled. An adapter with scores is not,
     even while there is room for its record.
+
+    A mask that is computed with by its zeros alone may be kept as its record, a twentieth of the bits or less. Such an
+    adapter is in here as any other, with bits that are made whenever somebody asks for them, but it is no buffer: it is
+    in no state dict, and stays on the CPU.
     """
 
     def __init__(self) -> None:
@@ -31,6 +50,7 @@ class BitsDict(Integers):
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the bits of those that are awaited
         self._receivers: dict[str, Callable[[Tensor], None]] = {}
         self._known_zeros: dict[str, tuple[Tensor, int, Tensor]] = {}  # bits, their version, positions
+        self._records: dict[str, HeldRecord] = {}
 
     def wait_for(self, adapter_name: str, module_name: str, shape: Sequence[int]) -> None:
         """Add an adapter that has no mask, of bits of this shape, before `fill`; the module's name is for messages."""
@@ -57,18 +77,46 @@ class BitsDict(Integers):
         else:
             self[adapter_name].copy_(bits)
 
-    def zero_positions(self, adapter_name: str, shape: Sequence[int]) -> Tensor:
+    def hold_record(self, adapter_name: str, held: HeldRecord) -> None:
+        """Add an adapter as the record of its mask, which was checked; one that is held already gets this mask."""
+        self._known_zeros.pop(adapter_name, None)
+        self._records[adapter_name] = held
+
+    def hold_bits(self, adapter_name: str, bits: Tensor) -> None:
+        """Add an adapter as its bits, which move with the model but are in no state dict."""
+        self._known_zeros.pop(adapter_name, None)
+        self.register_buffer(adapter_name, bits, persistent=False)
+
+    def holds_record(self, adapter_name: str) -> bool:
+        """Return whether an adapter is kept as the record of its mask."""
+        return adapter_name in self._records
+
+    def kept(self, adapter_name: str) -> Tensor:
+        """Return what is kept of an adapter, bits or record: as long as it is this tensor, the mask is the same."""
+        held = self._records.get(adapter_name)
+        return self[adapter_name] if held is None else held.record
+
+    def zero_positions(self, adapter_name: str, shape: Sequence[int], *, keep: bool = True) -> Tensor:
         """Return where an adapter's mask of this shape is off: row-major positions, int32 wherever these reach.
 
         Finding them takes longer than the switch they are for, so they are kept: 4 bytes a weight that is off. They are
         found anew when the bits are another tensor or were written to since.
+
+        Args:
+            adapter_name: which adapter.
+            shape: of the mask.
+            keep: whether to keep what was found.
         """
-        bits = self[adapter_name]
+        bits = self.kept(adapter_name)
         known = self._known_zeros.get(adapter_name)
         if known is not None and known[0] is bits and known[1] == bits._version:
             return known[2]
-        positions = zero_positions(bits, shape).to(index_dtype(math.prod(shape)))
-        if not bits.is_inference():  # such tensors have no version
+        if (held := self._records.get(adapter_name)) is not None:
+            positions = read_zero_positions(held.record, held.base).to(held.device())
+        else:
+            positions = zero_positions(bits, shape)
+        positions = positions.to(index_dtype(math.prod(shape)))
+        if keep and not bits.is_inference():  # such tensors have no version
             self._known_zeros[adapter_name] = (bits, bits._version, positions)
         return positions
 
@@ -109,15 +157,26 @@ class BitsDict(Integers):
         self._awaited.pop(adapter_name, None)
         self._receivers.pop(adapter_name, None)
 
+    def keys(self) -> Any:
+        """Return the names of all adapters that have bits, or room for a record."""
+        return {**self._buffers, **self._records}.keys() if self._records else super().keys()
+
+    def __getitem__(self, adapter_name: str) -> Tensor:
+        if (held := self._records.get(adapter_name)) is None:
+            return cast(Tensor, super().__getitem__(adapter_name))
+        return read_bits(held.record, held.base).to(held.device())
+
     def __contains__(self, adapter_name: object) -> bool:
-        return super().__contains__(adapter_name) and (
-            adapter_name in self._awaited or adapter_name not in self._receivers
+        return adapter_name in self._records or (
+            super().__contains__(adapter_name)
+            and (adapter_name in self._awaited or adapter_name not in self._receivers)
         )
 
     def __delitem__(self, adapter_name: str) -> None:
         self._forget(adapter_name)
         self._known_zeros.pop(adapter_name, None)
-        super().__delitem__(adapter_name)
+        if self._records.pop(adapter_name, None) is None:
+            super().__delitem__(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         # only who loads by name asks for an attribute, and would now find that the shapes differ

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_NARROW = 1 << 15  # places that an int16 tells apart
 _WIDEST = 64  # tokens that are gathered at once for one adapter: their values stay in the processor's cache
 
 
@@ -31,9 +32,10 @@ class Zeros:
 
     Attributes:
         pointers: (out + 1,) int32, where the weights of each output begin, and where the last ones end.
-        columns: (zeros,) int32, the input of each weight.
+        columns: (zeros,) int32, the input of each weight; on a CPU int16 where that is enough, which takes longer to
+            read elsewhere.
         values: (zeros,) tensor of the weight's dtype, what the base has there.
-        places: (out,) int32, which of the sorted outputs is the first, the second, ...
+        places: (out,) of the same kind, which of the sorted outputs is the first, the second, ...
     """
 
     pointers: Tensor
@@ -42,10 +44,24 @@ class Zeros:
     places: Tensor
 
     @cached_property
+    def _views(self) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        return self.pointers.numpy(), self.values.numpy() if self.values.dtype.itemsize > 2 else None
+
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """The first three on a CPU, as scipy wants to have them: the values in float32 at least."""
-        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
-        return self.pointers.numpy(), self.columns.numpy(), values.numpy()
+        """Return the first three on a CPU, as scipy wants to have them; kept so, they would take twice the memory."""
+        pointers, values = self._views
+        return pointers, self.columns.int().numpy(), self.values.float().numpy() if values is None else values
+
+    def positions(self, width: int, *, transposed: bool = False) -> Tensor:
+        """Return where the weights are in a matrix of so many columns: row-major, int64, in no order.
+
+        Args:
+            width: number of columns.
+            transposed: whether the matrix is stored as in transformers' `Conv1D`.
+        """
+        sorted_outputs = self.places.argsort()  # which output is the first of the sorted ones, the second, ...
+        outputs, inputs = sorted_outputs[torch.repeat_interleave(self.pointers.diff())], self.columns.long()
+        return inputs * width + outputs if transposed else outputs * width + inputs
 
     def to_dense(self, width: int) -> Tensor:
         """Return Z, an (out, width) tensor of the dtype of the values."""
@@ -64,19 +80,32 @@ def zeros_of(positions: Tensor, weight: Tensor, *, transposed: bool = False) -> 
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
     """
     positions = positions.long()
-    rows, columns = positions // weight.shape[1], positions % weight.shape[1]
+    rows = torch.div(positions, weight.shape[1], rounding_mode="floor")
+    columns = positions - rows * weight.shape[1]
     if transposed:
         rows, columns = columns, rows
-    counts = rows.new_zeros(weight.shape[1 if transposed else 0]).index_add_(0, rows, torch.ones_like(rows))
+    counts = torch.bincount(rows, minlength=weight.shape[1 if transposed else 0])
     by_count = counts.argsort(stable=True)
-    places = by_count.argsort()
-    order = places[rows].argsort(stable=True)
+    places = torch.empty_like(by_count)
+    places[by_count] = torch.arange(len(by_count), device=by_count.device)
+    pointers = torch.nn.functional.pad(counts[by_count].cumsum(0), (1, 0))
+    if transposed:
+        order = places[rows].argsort(stable=True)
+    else:  # those of an output stand together already, and move together
+        moved = (counts.cumsum(0) - counts)[by_count] - pointers[:-1]
+        order = torch.arange(len(rows), device=rows.device) + moved.repeat_interleave(counts[by_count])
     return Zeros(
-        pointers=torch.nn.functional.pad(counts[by_count].cumsum(0), (1, 0)).int(),
-        columns=columns[order].int(),
-        values=weight.detach().view(-1)[positions[order]],
-        places=places.int(),
+        pointers=pointers.int(),
+        columns=columns.to(_index_dtype(weight, transposed)).index_select(0, order),
+        values=weight.detach().view(-1).index_select(0, positions).index_select(0, order),  # in the order of memory
+        places=places.to(_index_dtype(weight, not transposed)),
     )
+
+
+def _index_dtype(weight: Tensor, first: bool) -> torch.dtype:
+    """Return in what to keep places along a dimension of a weight, the first one or the last."""
+    narrow = weight.device.type == "cpu" and weight.shape[0 if first else 1] <= _NARROW
+    return torch.int16 if narrow else torch.int32
 
 
 def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
@@ -139,7 +168,7 @@ def _correction(
 
 def _of_one_adapter(tokens: Tensor, zeros: Zeros) -> Tensor:
     """Return `x Z^T` for tokens that have one Z."""
-    return _bags(tokens.t().contiguous(), zeros).index_select(0, zeros.places).t().contiguous()
+    return _bags(tokens.t().contiguous(), zeros).index_select(0, zeros.places.int()).t().contiguous()
 
 
 def _of_one_token_each(tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
@@ -155,7 +184,7 @@ def _of_one_token_each(tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
 
 def _bags(table: Tensor, zeros: Zeros) -> Tensor:
     """Return for each sorted output the sum of the rows of an (in, tokens) table, times the values."""
-    return torch.embedding_bag(table, zeros.columns, zeros.pointers, False, 0, False, zeros.values, True)[0]
+    return torch.embedding_bag(table, zeros.columns.int(), zeros.pointers, False, 0, False, zeros.values, True)[0]
 
 
 def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Zeros]) -> Tensor:
@@ -163,7 +192,7 @@ def _by_scipy(csr_matvec: Callable[..., None], tokens: Tensor, zeros: Sequence[Z
     (count, width), out = tokens.shape, zeros[0].places.shape[0]
     sums = torch.zeros(count, out, dtype=wide)
     for token, own, into in zip(tokens.detach().to(wide).contiguous().numpy(), zeros, sums.numpy(), strict=True):
-        csr_matvec(out, width, *own.arrays, token, into)
+        csr_matvec(out, width, *own.arrays(), token, into)
     return sums
 
 
@@ -209,7 +238,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         zeros = Zeros(*own)
         into = tokens.t()[zeros.places.argsort()]  # dL/dy by sorted output
         added = into[torch.repeat_interleave(zeros.pointers.diff().long())] * zeros.values.unsqueeze(1)
-        parts.append(tokens.new_zeros(ctx.width, len(tokens)).index_add_(0, zeros.columns, added).t())
+        parts.append(tokens.new_zeros(ctx.width, len(tokens)).index_add_(0, zeros.columns.int(), added).t())
     parts.append(grad.new_zeros(len(grad) - sum(ctx.sizes), ctx.width))
     nothing = [None] * count
     return torch.cat(parts), None, nothing, nothing, nothing, nothing

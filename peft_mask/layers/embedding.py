@@ -28,6 +28,7 @@ class Embedding(MaskLayer):
     """
 
     looks_for_zeros = False
+    _computes_with_zeros = True
 
     @staticmethod
     def input_dimension_of(base_layer: nn.Module) -> int | None:

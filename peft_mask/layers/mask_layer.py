@@ -13,7 +13,8 @@ from torch import nn
 
 from peft_mask.format.fingerprint import UNKNOWN, Fingerprint, fingerprint_of
 from peft_mask.format.packing import bits_shape, unpack_bits, zero_positions
-from peft_mask.layers.bits import BitsDict, check_not_traced
+from peft_mask.format.record import read_bits
+from peft_mask.layers.bits import BitsDict, HeldRecord, check_not_traced
 from peft_mask.layers.diffusers_hooks import hooked_by_diffusers, with_hooks_of_diffusers
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
 from peft_mask.layers.reading import NoWeight
@@ -35,6 +36,7 @@ class MaskLayer(ScoredLayer):
 
     adapter_layer_names = ("peft_mask_scores",)
     other_param_names = ("peft_mask_bits", "peft_mask_positions")
+    _computes_with_zeros = False  # whether a mask that is used is asked for its zeros, not for its bits
     cast_input_dtype_enabled = True  # PEFT's switch for diffusers' layerwise casting; no input is cast here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, name: str) -> None:
@@ -129,6 +131,28 @@ class MaskLayer(ScoredLayer):
         if adapter_name in self.peft_mask_bits:
             return self.peft_mask_bits.zero_positions(adapter_name, self.mask_shape)
         return zero_positions(bits, self.mask_shape)
+
+    def hold_record(self, adapter_name: str, record: torch.Tensor) -> None:
+        """Give an adapter that PEFT knows nothing of its mask, or another one, as a record that was checked.
+
+        Whoever names it in a call computes with it; nobody sets it active, saves or merges it. Calls that name others
+        notice nothing.
+        """
+        if self._computes_with_zeros:
+            held = HeldRecord(record, self.unmerged_weight, self._device)
+            self.peft_mask_bits.hold_record(adapter_name, held)
+        else:
+            bits = read_bits(record, self.unmerged_weight)
+            self.peft_mask_bits.hold_bits(adapter_name, bits.to(self._device()))
+
+    def _device(self) -> torch.device:
+        return self.stored.device
+
+    def let_go(self, adapter_name: str) -> None:
+        """Forget the mask of an adapter that came by `hold_record`, if there is one."""
+        if adapter_name in self.peft_mask_bits:
+            del self.peft_mask_bits[adapter_name]
+        self.known_zeros.drop(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -30,6 +30,7 @@ class ServedLinear(LayerWithBias):
     in parts.
     """
 
+    _computes_with_zeros = True
     _base_is_the_product = True  # whether the base layer computes `x W^T + b` and nothing else
 
     @property
@@ -50,9 +51,17 @@ class ServedLinear(LayerWithBias):
             return None
         return weight if can_patch(weight) and weight.dtype in _DTYPES else None
 
-    def _off(self, adapter_names: Sequence[str]) -> list[torch.Tensor]:
-        """Return where each of these adapters is off: row-major positions."""
-        return [self._zero_positions(name).long() for name in adapter_names if name in self.peft_mask_bits]
+    def _off(self, adapter_names: Sequence[str], weight: torch.Tensor) -> list[torch.Tensor]:
+        """Return where each of these adapters is off in a weight that `_weight_for` returned: row-major positions."""
+        held = self.peft_mask_bits
+        return [
+            # a record takes time to read: what was read of it is kept once, as what tokens are corrected by
+            self._zeros([name], weight)[0].positions(weight.shape[1], transposed=self._transposed)
+            if held.holds_record(name)
+            else self._zero_positions(name).long()
+            for name in adapter_names
+            if name in held
+        ]
 
     # ---- the whole batch under the same adapters ----
 
@@ -66,7 +75,7 @@ class ServedLinear(LayerWithBias):
         check_not_traced()
         if (weight := self._served_weight(adapter_names, x)) is None:
             return None
-        group = Group(x, self._off(adapter_names), self._bias_for(weight, *adapter_names))
+        group = Group(x, self._off(adapter_names, weight), self._bias_for(weight, *adapter_names))
         return next(patched_products([group], weight, transposed=self._transposed))
 
     # ---- rows of several adapters ----
@@ -120,7 +129,7 @@ class ServedLinear(LayerWithBias):
         alone = torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type)
         places = [None] * len(parts) if alone else output.split(sizes)
         groups = [
-            Group(aligned(part), self._off([name]), self._bias_for(weight, name), place)
+            Group(aligned(part), self._off([name], weight), self._bias_for(weight, name), place)
             for part, name, place in zip(parts, names, places, strict=True)
         ]
         found = list(patched_products(groups, weight, transposed=self._transposed))
@@ -165,12 +174,19 @@ class ServedLinear(LayerWithBias):
         bias = self._bias(adapter_names)
         return None if bias is None else bias.to(weight.dtype)  # a quantized layer computes in a dtype of its own
 
+    def hold_record(self, adapter_name: str, record: torch.Tensor) -> None:
+        super().hold_record(adapter_name, record)
+        weight = self.stored.values()
+        if self._base_is_the_product and can_patch(weight):  # else what it is multiplied with is known in the call only
+            self._zeros([adapter_name], weight)  # now, and not in the first call, which others wait for
+
     def _zeros(self, adapter_names: Iterable[str], weight: torch.Tensor) -> list[Zeros]:
         """Return what adapters switch off in a weight that `_weight_for` returned."""
+        held = self.peft_mask_bits
 
         def gather(name: str) -> Zeros:
-            return zeros_of(self._zero_positions(name), weight, transposed=self._transposed)
+            positions = held.zero_positions(name, self.mask_shape, keep=not held.holds_record(name))
+            return zeros_of(positions, weight, transposed=self._transposed)
 
-        held = self.peft_mask_bits
-        bits = {name: held[name] for name in adapter_names}
+        bits = {name: held.kept(name) for name in adapter_names}
         return self.known_zeros.of(bits, self.stored.parameter, weight.dtype, gather)

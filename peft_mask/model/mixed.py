@@ -81,7 +81,9 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            waiting.extend(child for child in module._modules.values() if child is not None)
+            waiting.extend(
+                child for child in list(module._modules.values()) if child is not None
+            )  # others may add some
     return list(found.values())
 
 

@@ -4,12 +4,13 @@ import json
 import sys
 import warnings
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import codec, large, llama, memory, mixed, rules, step, switch
+from benchmarks import codec, large, llama, memory, mixed, residency, rules, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
 from peft_mask.layers.mask_layer import MaskLayer
@@ -313,6 +314,18 @@ def test_ways_to_compute_a_mixed_batch_are_compared(kind, family, tmp_path, monk
     assert times["2"].keys() == {"base", "mask", "mask, exact", "mask, W * M formed", "LoRA r=8"}
     assert times["1"].keys() - times["2"].keys() == {"merged", "one active, not merged", "the same, W * M formed"}
     assert "| LoRA r=8 |" in (tmp_path / "mixed.md").read_text()
+
+
+def test_adapters_in_memory_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(residency.SHAPES, "MiniLM-L6", TINY)
+    monkeypatch.setattr(residency, "get_context", lambda _: ThreadPool)  # a new process would not be patched
+    monkeypatch.setattr(ThreadPool, "Pool", ThreadPool, raising=False)
+    arguments = ["--adapters", "6", "--masks", "2", "--rounds", "2", "--slots", "2", "--shape", "MiniLM-L6"]
+    residency.main(arguments, tmp_path)
+    figures = json.loads((tmp_path / "residency-float32.json").read_text())["figures"]
+    assert figures["adapters"] == 6
+    assert 0 < figures["slot bytes"] < figures["weights"]
+    assert "miss from memory" in (tmp_path / "residency-float32.md").read_text()
 
 
 def test_the_ways_to_compute_a_mixed_batch_that_are_compared_differ_from_the_base():
