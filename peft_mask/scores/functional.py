@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from peft_mask.format.packing import pack_bits, unpack_bits
 from peft_mask.scores.binarize import binarize_threshold, threshold_of
+from peft_mask.scores.drawn_tokens import drawn_tokens
 from peft_mask.scores.packed_positions import in_full
-from peft_mask.scores.voters import telling_tokens
 from peft_mask.tensors.elements import put, take, without
 
 
@@ -211,7 +211,7 @@ class _MaskedLinear(torch.autograd.Function):
         if needs_scores or needs_weight:
             voting, columns = rows, x.reshape(-1, x.shape[-1])
             if ctx.tokens < 1 and not needs_weight:
-                voting, columns = telling_tokens(rows, columns, ctx.tokens)
+                voting, columns = drawn_tokens(rows, columns, ctx.tokens)
             columns = columns.to(grad.dtype)
             product = columns.t() @ voting if ctx.transposed else voting.t() @ columns
             if needs_weight:
@@ -258,7 +258,7 @@ def masked_linear(
         off: (n,) integer tensor in place of `mask` (see `masked_weight`).
         transposed: whether `weight` is stored as in transformers' `Conv1D`.
         tokens: fraction of the tokens, at most 1, whose terms make up the gradient of the scores (see
-            `telling_tokens`); where only its sign is used, fewer will do.
+            `drawn_tokens`); where only its sign is used, fewer will do.
         again: makes `weight` again in the backward pass, for which it is then not kept.
 
     Returns:

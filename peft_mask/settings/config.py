@@ -97,9 +97,10 @@ class MaskConfig(PeftConfig):
         threshold: the paper's tau, which shifts the starting scores of `"uniform"`; scores are stored relative to it.
         scores_dtype: `"float32"`, or `"bfloat16"` for half the memory; in bfloat16 train with
             `create_mask_optimizer`, whose steps round stochastically, for small steps would be lost otherwise.
-        gradient_tokens: fraction of the tokens of a batch from whose gradients the scores of linear layers learn: in
-            each layer those with the largest. By default 1, all of them. Of gradients `"topk"` uses the signs alone,
-            which a part of the tokens tells; less has no meaning for others.
+        gradient_tokens: fraction of the tokens of a batch from whose gradients the scores of linear layers learn. They
+            are drawn in each layer, those with large gradients more often, so that the sum is right on average. By
+            default 1, all of them. Of gradients `"topk"` uses the signs alone, which a part of the tokens tells; less
+            has no meaning for others.
         structure: what one score governs. `"weight"`: a single weight; `"row"`: what makes one output, `"column"`: what
             reads one input; `"head"`: the rows of an attention head, of the query, key and value projections that
             `target_modules` names; `"matrix"`: a whole matrix. All but the first have no single weights as
