@@ -101,8 +101,8 @@ METHODS: dict[str, Method | Probe] = {
         Method("growing-mask", f"{GROWING_NOTE}, {STEPS_NOTE}; {HEAD_NOTE}", mask(), mask_adamw, (5e-4,), grow),
         Method(
             "part-mask",
-            f"{GROWING_NOTE}, gradient_tokens=0.25, of 512 and more, {STEPS_NOTE}; {HEAD_NOTE}",
-            mask(gradient_tokens=0.25),
+            f"{GROWING_NOTE}, gradient_tokens=0.4, {STEPS_NOTE}; {HEAD_NOTE}",
+            mask(gradient_tokens=0.4),
             mask_adamw,
             (5e-4,),
             grow,
