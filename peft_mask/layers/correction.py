@@ -230,15 +230,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """`dL/dx = dL/dy Z`: the same weights, added from outputs to inputs."""
-    count = len(ctx.sizes)
+    """`dL/dx = dL/dy Z`: the same weights, added from outputs to inputs; as the output summed in float32 at least."""
+    count, wide = len(ctx.sizes), torch.promote_types(grad.dtype, torch.float32)
     saved = [ctx.saved_tensors[start : start + count] for start in range(0, 4 * count, count)]
     parts = []
     for tokens, *own in zip(grad.split([*ctx.sizes, len(grad) - sum(ctx.sizes)]), *saved, strict=False):
         zeros = Zeros(*own)
-        into = tokens.t()[zeros.places.argsort()]  # dL/dy by sorted output
+        into = tokens.t()[zeros.places.argsort()].to(wide)  # dL/dy by sorted output
         added = into[torch.repeat_interleave(zeros.pointers.diff().long())] * zeros.values.unsqueeze(1)
-        parts.append(tokens.new_zeros(ctx.width, len(tokens)).index_add_(0, zeros.columns.int(), added).t())
+        sums = into.new_zeros(ctx.width, len(tokens)).index_add_(0, zeros.columns.int(), added)
+        parts.append(sums.t().to(grad.dtype))
     parts.append(grad.new_zeros(len(grad) - sum(ctx.sizes), ctx.width))
     nothing = [None] * count
     return torch.cat(parts), None, nothing, nothing, nothing, nothing

@@ -72,6 +72,16 @@ def test_the_gradient_is_that_of_the_twin(sizes):
     assert not gradients[0][sum(sizes) :].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_of_16_bits_is_rounded_once(dtype):
+    torch.manual_seed(0)
+    zeros = [zeros_of(torch.arange(512 * 8), torch.rand(512, 8).to(dtype))]
+    x = torch.randn(3, 8).to(dtype).requires_grad_()
+    correct(x, [3], zeros).sum().backward()
+    exact = zeros[0].to_dense(8).double().sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_the_operator_is_what_pytorch_asks_of_one(requires_grad):
