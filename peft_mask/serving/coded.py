@@ -47,9 +47,7 @@ class CodedAdapter:
     def records(self) -> dict[str, Tensor]:
         """Return the records of its masks by module name, as views: they take no memory of their own."""
         raw = self.file.numpy()
-        start = 8 + int.from_bytes(
-            raw[:8].tobytes(), "little"
-        )  # the length of the index comes first
+        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")  # the length of the index comes first
         index = json.loads(raw[8:start].tobytes())
         with torch.inference_mode(False):
             return named(
