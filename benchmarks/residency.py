@@ -190,8 +190,8 @@ def tables(figures: dict[str, Any]) -> str:
     ]
     rows = [(name, bits, f"{size / 1e6:.3f}") for name, bits, size in sizes]
     parts = [
-        f"{count} adapters of {figures['shape']} in {figures['dtype']}, {weights:,} masked weights, {figures['masks']} different masks, "
-        f"{figures['slots']} slots.",
+        f"{count} adapters of {figures['shape']} in {figures['dtype']}, {weights:,} masked weights, "
+        f"{figures['masks']} different masks, {figures['slots']} slots.",
         table(("an adapter", "bits a weight", "MB"), rows),
         table(
             ("all of them", "GB"),

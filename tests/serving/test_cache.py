@@ -280,6 +280,7 @@ def test_forward_passes_go_on_while_another_slot_is_filled(folder, model, expect
         assert half.wait(SECONDS)
         for _ in range(3):
             ask(cache, model, [NAMES[1], NAMES[0]], expected)  # from the slots, past who brings one in
+        assert cache._at_once([NAMES[2]]) is None  # nobody gets half of it
         go_on.set()
         filling.result(SECONDS)
 
