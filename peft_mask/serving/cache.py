@@ -162,6 +162,7 @@ class AdapterCache:
         with self._counting_refusals():
             folder = self._find(name)
             with self._turns.turn(deadline):
+                self._check_open()
                 coded = self._read(name, folder)
                 with self._lock, self._rooms.asking():
                     old = self._resident.get(name)
@@ -210,8 +211,9 @@ class AdapterCache:
 
         Raises:
             ValueError: adapters are leased.
+            NoRoomError: others were bringing adapters in for as long as a lease would wait.
         """
-        with self._lock:
+        with self._turns.turn(time.monotonic() + self.timeout), self._lock:
             if leased := sorted({version.name for version in self._resident if version.leases}):
                 raise ValueError(f"cannot close the cache: {leased[:5]} are leased.")
             if not self._is_closed:
@@ -247,6 +249,7 @@ class AdapterCache:
             waiting = [flight for flight, _ in flights.values()]
             with self._turns.turn(deadline, lambda: any(flight.error is not None for flight in waiting)):
                 self._raise_if_refused(waiting)
+                self._check_open()  # it may have been closed while this one waited
                 try:
                     with self._rooms.asking():
                         for name in wanted:

@@ -264,6 +264,26 @@ def test_a_closed_cache_leaves_nothing_in_the_model(folder, model, expected, tmp
     ask(AdapterCache(model, folder), model, NAMES[:2], expected)
 
 
+def test_who_waits_while_a_cache_is_closed_brings_nothing_in(folder, model, expected):
+    before = trace(model)
+    looked_for, go_on = threading.Event(), threading.Event()
+
+    def source(name):
+        looked_for.set()
+        assert go_on.wait(SECONDS)
+        return folder / name
+
+    cache = AdapterCache(model, source)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, cache, model, NAMES[:1], expected)
+        assert looked_for.wait(SECONDS)
+        cache.close()
+        go_on.set()
+        with pytest.raises(ValueError, match="the cache is closed"):
+            waiting.result(SECONDS)
+    assert trace(model) == before
+
+
 def test_forward_passes_go_on_while_another_slot_is_filled(folder, model, expected, monkeypatch):
     cache = AdapterCache(model, folder)
     ask(cache, model, NAMES[:2], expected)
