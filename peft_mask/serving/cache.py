@@ -15,8 +15,9 @@ from peft import PeftModel
 from peft_mask.layers.rows import BASE
 from peft_mask.serving.coded import CodedAdapter, read_adapter
 from peft_mask.serving.errors import AdapterRefusedError
-from peft_mask.serving.flights import Flight, Flights, again
+from peft_mask.serving.flights import Flight, Flights
 from peft_mask.serving.lease import Lease
+from peft_mask.serving.loads import Loads
 from peft_mask.serving.resident import Version
 from peft_mask.serving.rooms import Rooms
 from peft_mask.serving.sizes import bytes_of
@@ -78,10 +79,10 @@ class AdapterCache:
             raise ValueError(f"slots must be 1 at least, got {slots}.")
         self.max_bytes = bytes_of(max_bytes)
         self.timeout = timeout
-        self._locate = locator(source)
         self._flights = Flights(refusal_seconds)
         self._turns = Turns()
         self._lock = self._turns.lock
+        self._loads = Loads(self._turns, self._flights, locator(source))
         self._counts = CacheStatistics()
         self._executor: ThreadPoolExecutor | None = None
         self._is_closed = False
@@ -160,8 +161,9 @@ class AdapterCache:
             if self._resident.get(name) is None:
                 return False
         with self._counting_refusals():
-            folder = self._find(name)
+            folder = self._loads.find(name)
             with self._turns.turn(deadline):
+                self._check_open()
                 coded = self._read(name, folder)
                 with self._lock, self._rooms.asking():
                     old = self._resident.get(name)
@@ -210,8 +212,9 @@ class AdapterCache:
 
         Raises:
             ValueError: adapters are leased.
+            NoRoomError: others were bringing adapters in for as long as a lease would wait.
         """
-        with self._lock:
+        with self._turns.turn(time.monotonic() + self.timeout), self._lock:
             if leased := sorted({version.name for version in self._resident if version.leases}):
                 raise ValueError(f"cannot close the cache: {leased[:5]} are leased.")
             if not self._is_closed:
@@ -241,12 +244,13 @@ class AdapterCache:
         with self._counting_refusals(), ExitStack() as stack:
             with self._lock:
                 wanted = self._wanted(rows)
-                flights = {name: self._join(name, stack) for name in wanted if self._resident.get(name) is None}
+                flights = {name: self._loads.join(name, stack) for name in wanted if self._resident.get(name) is None}
             for name, (flight, first) in flights.items():
-                self._find_together(name, flight, first, deadline)
+                self._loads.find_together(name, flight, first, deadline)
             waiting = [flight for flight, _ in flights.values()]
             with self._turns.turn(deadline, lambda: any(flight.error is not None for flight in waiting)):
-                self._raise_if_refused(waiting)
+                self._loads.raise_if_refused(waiting)
+                self._check_open()  # it may have been closed while this one waited
                 try:
                     with self._rooms.asking():
                         for name in wanted:
@@ -285,34 +289,8 @@ class AdapterCache:
 
     # ---- from the source into memory ----
 
-    def _join(self, name: str, stack: ExitStack) -> tuple[Flight, bool]:
-        flight, first = self._flights.join(name)
-        stack.callback(self._leave, name, flight)
-        return flight, first
-
-    def _leave(self, name: str, flight: Flight) -> None:
-        with self._lock:
-            self._flights.leave(name, flight)
-
-    def _find_together(self, name: str, flight: Flight, first: bool, deadline: float) -> None:
-        """Find an adapter's folder, or wait until another thread has found it."""
-        if not first:
-            with self._lock:
-                self._turns.wait_for(lambda: flight.located, deadline, f"{name!r} is looked for")
-            return
-        try:
-            flight.folder = self._find(name)
-        finally:
-            with self._lock:
-                flight.located = True
-                self._lock.notify_all()
-
-    def _find(self, name: str) -> Path:
-        with self._refusing(name):
-            return self._locate(check_name(name))
-
     def _read(self, name: str, folder: Path) -> CodedAdapter:
-        with self._refusing(name):
+        with self._loads.refusing(name):
             read = read_adapter(folder, self.max_bytes)
             self._rooms.slots.check(read)
         self._count(loads=1)
@@ -326,33 +304,13 @@ class AdapterCache:
                 held.append(version)
                 return
         folder = flight.folder if flight is not None else None
-        coded = self._read(name, self._find(name) if folder is None else folder)
+        coded = self._read(name, self._loads.find(name) if folder is None else folder)
         with self._lock:
             version = self._rooms.admit(name, coded, held, deadline)
             self._resident.use(version)
             held.append(version)
 
     # ---- what goes wrong, and is counted ----
-
-    @contextmanager
-    def _refusing(self, name: str) -> Iterator[None]:
-        """Let whatever goes wrong in reading an adapter reach all who wait for it, in its name."""
-        try:
-            yield
-        except Exception as error:
-            refused = error if isinstance(error, AdapterRefusedError) else AdapterRefusedError(name, str(error))
-            with self._lock:
-                self._flights.fail(name, refused)
-                self._lock.notify_all()
-            if refused is error:
-                raise
-            raise refused from error
-
-    @staticmethod
-    def _raise_if_refused(flights: Sequence[Flight]) -> None:
-        for flight in flights:
-            if flight.error is not None:
-                raise again(flight.error)
 
     @contextmanager
     def _counting_refusals(self) -> Iterator[None]:

@@ -92,14 +92,11 @@ class Slots:
         return self._make()
 
     def fill(self, slot: str, adapter: CodedAdapter) -> None:
-        """Put an adapter that was checked into a slot that nobody uses."""
+        """Put an adapter that was checked into a slot that is empty."""
         records = adapter.records()
         with torch.inference_mode(False), torch.no_grad():
-            for name, layer in self._layers.items():
-                if (record := records.get(name)) is None:
-                    layer.let_go(slot)
-                else:
-                    layer.hold_record(slot, record)
+            for name, record in records.items():
+                self._layers[name].hold_record(slot, record)
             head = adapter.head() if self._heads else {}
             for name, place in self._tensors_of(slot):
                 place.copy_(head[name])

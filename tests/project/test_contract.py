@@ -181,6 +181,7 @@ HOOKS = [
     ),
     Hook("peft.utils:ModulesToSaveWrapper.update", "gives an adapter an embedding of its own", ("adapter_name",)),
     Hook("peft.utils:ModulesToSaveWrapper.set_adapter", "puts it in use", ("adapter_names", "inference_mode")),
+    Hook("peft.utils:ModulesToSaveWrapper.delete_adapter", "closes a slot", ("adapter_name", "new_active_adapters")),
     Hook(
         "peft.tuners.trainable_tokens:TrainableTokensLayer.update_layer",
         "keeps tokens, rows and originals by these names, to which rows of a resized vocabulary are added",

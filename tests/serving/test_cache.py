@@ -127,6 +127,7 @@ def test_who_finds_no_slot_waits_for_a_bounded_time(folder, model, expected):
         with pytest.raises(NoRoomError, match="all slots are leased or pinned"), cache.lease([NAMES[1]], timeout=0.01):
             pass
         ask(cache, model, [NAMES[0]], expected)  # who was asked to leave may be leased again, as nobody waits
+        assert cache.stats().hits == 1
     ask(cache, model, [NAMES[1]], expected)
     assert cache.stats().leases == 0
 
@@ -213,9 +214,11 @@ def test_fifty_threads_that_ask_for_one_adapter_load_it_once(folder, model, expe
 def test_pinned_adapters_stay(folder, model, expected):
     cache = AdapterCache(model, folder, slots=2, max_bytes=2 * largest(folder))
     cache.pin(NAMES[0])
-    for name in NAMES[1:]:
-        ask(cache, model, [name, NAMES[0]], expected)
-    assert cache.stats().loads == len(NAMES)
+    for name in NAMES[1:]:  # the pinned one is the least recently used all the time
+        ask(cache, model, [name], expected)
+    hits = cache.stats().hits
+    ask(cache, model, [NAMES[0]], expected)
+    assert (cache.stats().loads, cache.stats().hits) == (len(NAMES), hits + 1)
     with pytest.raises(ValueError, match=f"cannot evict '{NAMES[0]}': it is pinned: call unpin first"):
         cache.evict(NAMES[0])
     cache.unpin(NAMES[0])
@@ -261,6 +264,26 @@ def test_a_closed_cache_leaves_nothing_in_the_model(folder, model, expected, tmp
     ask(AdapterCache(model, folder), model, NAMES[:2], expected)
 
 
+def test_who_waits_while_a_cache_is_closed_brings_nothing_in(folder, model, expected):
+    before = trace(model)
+    looked_for, go_on = threading.Event(), threading.Event()
+
+    def source(name):
+        looked_for.set()
+        assert go_on.wait(SECONDS)
+        return folder / name
+
+    cache = AdapterCache(model, source)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, cache, model, NAMES[:1], expected)
+        assert looked_for.wait(SECONDS)
+        cache.close()
+        go_on.set()
+        with pytest.raises(ValueError, match="the cache is closed"):
+            waiting.result(SECONDS)
+    assert trace(model) == before
+
+
 def test_forward_passes_go_on_while_another_slot_is_filled(folder, model, expected, monkeypatch):
     cache = AdapterCache(model, folder)
     ask(cache, model, NAMES[:2], expected)
@@ -279,6 +302,7 @@ def test_forward_passes_go_on_while_another_slot_is_filled(folder, model, expect
         assert half.wait(SECONDS)
         for _ in range(3):
             ask(cache, model, [NAMES[1], NAMES[0]], expected)  # from the slots, past who brings one in
+        assert cache._at_once([NAMES[2]]) is None  # nobody gets half of it
         go_on.set()
         filling.result(SECONDS)
 

@@ -146,7 +146,7 @@ def test_a_refused_adapter_leaves_no_trace_and_harms_no_neighbor(folder, model, 
 )
 def test_names_are_checked_before_they_reach_the_file_system(folder, model, name, monkeypatch):
     cache = AdapterCache(model, folder / NAMES[0] / "..")
-    monkeypatch.setattr(cache, "_locate", lambda name: pytest.fail(f"{name!r} was looked for"))
+    monkeypatch.setattr(cache._loads, "locate", lambda name: pytest.fail(f"{name!r} was looked for"))
     with pytest.raises(UnknownAdapterError, match="names are of up to 128 letters"), cache.lease([name]):
         pass
     assert cache.stats().refusals == 1
