@@ -65,14 +65,11 @@ def resident_bytes() -> int:
 
 def slot_bytes(model: PeftModel, slot: str) -> int:
     """What a slot in use takes beside its adapter's bytes and its head: what was gathered of the records."""
-    total = 0
-    for layer in [module for module in model.modules() if isinstance(module, MaskLayer)]:
-        kept: list[Tensor] = []
-        if (found := layer.known_zeros._kept.get(slot)) is not None:
-            zeros = found[2]
-            kept += [zeros.pointers, zeros.columns, zeros.values, zeros.places]
-        total += sum(tensor.nbytes for tensor in kept)
-    return total
+    layers = [module for module in model.modules() if isinstance(module, MaskLayer)]
+    held = [zeros for layer in layers if (zeros := layer.known_zeros.held(slot)) is not None]
+    return sum(
+        tensor.nbytes for zeros in held for tensor in (zeros.pointers, zeros.columns, zeros.values, zeros.places)
+    )
 
 
 def weights_of(model: PeftModel) -> int:

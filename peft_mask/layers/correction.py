@@ -84,7 +84,7 @@ def zeros_of(positions: Tensor, weight: Tensor, *, transposed: bool = False) -> 
     columns = positions - rows * weight.shape[1]
     if transposed:
         rows, columns = columns, rows
-    counts = torch.bincount(rows, minlength=weight.shape[1 if transposed else 0])
+    counts = _counts(rows, weight.shape[1 if transposed else 0])
     by_count = counts.argsort(stable=True)
     places = torch.empty_like(by_count)
     places[by_count] = torch.arange(len(by_count), device=by_count.device)
@@ -93,13 +93,22 @@ def zeros_of(positions: Tensor, weight: Tensor, *, transposed: bool = False) -> 
         order = places[rows].argsort(stable=True)
     else:  # those of an output stand together already, and move together
         moved = (counts.cumsum(0) - counts)[by_count] - pointers[:-1]
-        order = torch.arange(len(rows), device=rows.device) + moved.repeat_interleave(counts[by_count])
+        order = torch.arange(len(rows), device=rows.device) + moved.repeat_interleave(
+            counts[by_count], output_size=len(rows)
+        )
     return Zeros(
         pointers=pointers.int(),
         columns=columns.to(_index_dtype(weight, transposed)).index_select(0, order),
         values=weight.detach().view(-1).index_select(0, positions).index_select(0, order),  # in the order of memory
         places=places.to(_index_dtype(weight, not transposed)),
     )
+
+
+def _counts(rows: Tensor, length: int) -> Tensor:
+    """Return how often each number below `length` is among `rows`; a device is not waited for."""
+    if rows.device.type == "cpu":
+        return torch.bincount(rows, minlength=length)
+    return rows.new_zeros(length).index_add_(0, rows, torch.ones_like(rows))
 
 
 def _index_dtype(weight: Tensor, first: bool) -> torch.dtype:

@@ -64,6 +64,11 @@ class KnownZeros:
             found.append(zeros)
         return found
 
+    def held(self, adapter_name: str) -> Zeros | None:
+        """Return what is remembered of an adapter, or None."""
+        known = self._known[2].get(adapter_name)
+        return None if known is None else known[2]
+
     def drop(self, adapter_name: str | None = None) -> None:
         """Forget the zeros of an adapter, or of all."""
         if adapter_name is None:
