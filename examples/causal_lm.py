@@ -36,6 +36,7 @@ from transformers import (
     set_seed,
 )
 
+from examples import launched
 from examples.card import command_of, write_card
 from examples.files import load_file
 from examples.script import pretrained
@@ -291,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

@@ -19,6 +19,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, EvalPrediction
 
+from examples import launched
 from examples.rows import check_filled, source_of
 from examples.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
 
@@ -109,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

@@ -26,6 +26,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
+from examples import launched
 from examples.rows import check_filled, check_texts, is_file, source_of
 from examples.script import ScriptArguments, Task, choose_test_split, run, used_splits
 
@@ -261,4 +262,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

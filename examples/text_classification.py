@@ -25,6 +25,7 @@ from datasets import Dataset
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
+from examples import launched
 from examples.rows import (
     check_columns,
     check_texts,
@@ -141,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction
 
+from examples import launched
 from examples.files import FILE_TYPES
 from examples.rows import check_words, choose_column, label_names, label_numbers
 from examples.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
@@ -110,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from benchmarks.accuracy.runs import environment
-from examples import multiple_choice, text_classification, token_classification
+from examples import launched, multiple_choice, text_classification, token_classification
 from examples.script import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
 from examples.text_classification import TextArguments
 from examples.token_classification import TagArguments
@@ -211,4 +211,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    launched.run(main)

@@ -1,0 +1,31 @@
+"""How a script ends that may have been launched as several processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call a script's `main`; of several processes, leave each as soon as it is done, without Python's own end.
+
+    On CPUs that end can wait for ever, or abort: DistributedDataParallel is freed while Python goes down, waits for a
+    thread of gloo, and that one for Python, to free the tensors of the last collective (torch 2.13).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        main()
+        return
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
