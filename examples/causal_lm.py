@@ -252,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             figures[name] = {column: perplexity(trainer, test) for column, (_, test) in blocks.items()}
             if first:
                 texts[name] = generate(model, tokenizer, arguments.prompts, arguments.max_new_tokens)
+    launched.keep(trainer)
     trainer.accelerator.end_training()
     if not first:
         return {"perplexity": figures}

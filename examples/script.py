@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from examples import launched
 from examples.card import command_of, write_card
 from examples.files import FILE_TYPES, load_file
 from examples.rows import check_columns, hold_out, is_file, source_of
@@ -288,5 +289,6 @@ def run(
         figures |= {"mask_bytes": mask, "head_bytes": head}
     if training_arguments.push_to_hub:
         trainer.push_to_hub(tasks=task.hub_tag, dataset=arguments.dataset_name)
+    launched.keep(trainer)
     trainer.accelerator.end_training()
     return figures

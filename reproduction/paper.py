@@ -206,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         output = Path(training_arguments.output_dir)
         (output / "result.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
         print(f"{arguments.task}, {arguments.method}: dev {paper_task.metric} {figures['dev'][paper_task.metric]:.4f}")
+    launched.keep(trainer)
     trainer.accelerator.end_training()
     return figures
 
