@@ -91,11 +91,8 @@ class ScoredLayer(MergingLayer):
 
     def zeros_in_force(self, adapter_name: str) -> int | None:
         """Return how many single weights a budget switches off now; None if there is no budget of such."""
-        rule, most = self.rule(adapter_name), self.zeros_at_rest(adapter_name)
-        if not rule.by_position:
-            return None
-        zeros = cast(int, rule.zeros)
-        return zeros if most is None else min(zeros, most)
+        rule = self.rule(adapter_name)
+        return rule.count_off(self.zeros_at_rest(adapter_name)) if rule.by_position else None
 
     def scores_changed(self, adapter_name: str) -> bool:
         """Return whether the scores of an adapter were trained, set or loaded since they were made."""

@@ -133,8 +133,13 @@ class Rule:
         if most is None and torch.compiler.is_compiling():
             zeros = budget.tensor.to(scores.device)
             return off_positions(scores, positions, shape.numel(), zeros, budget.most)
-        count = budget.zeros if most is None else min(budget.zeros, most)
+        count = self.count_off(most)
         return off_positions(scores, positions, shape.numel(), count, count)
+
+    def count_off(self, most: int | None = None) -> int:
+        """Return how many single weights are off at most; only with `by_position`."""
+        zeros = cast(Budget, self.budget).zeros
+        return zeros if most is None else min(zeros, most)
 
     def packed_mask(
         self, scores: torch.Tensor, shape: torch.Size, positions: torch.Tensor | None = None, most: int | None = None

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_mask import MaskConfig
 from peft_mask.layers.mask_layer import MaskLayer
-from tests.served_models import served
+from tests.served_models import alone, served
 from tests.tiny_models import tiny_inputs, tiny_model
 
 NAMES = ["one", "two", "__base__", "one", "two"]
@@ -38,14 +38,6 @@ def batch(model, rows=5):
     inputs["input_ids"] = torch.randint(3, 60, (rows, 7))
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-
-def alone(model, name, call):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call()
-    model.set_adapter(name)
-    return call()
 
 
 @pytest.mark.parametrize("bits", [False, True])

@@ -81,6 +81,19 @@ def in_threads(*calls):
         return [future.result(SECONDS) for future in [pool.submit(run, call) for call in calls]]
 
 
+def set_when_waited_for(monkeypatch, cache, event, count):
+    """Set an event once so many threads wait for one adapter."""
+    join = cache._flights.join
+
+    def joined(name):
+        flight, first = join(name)
+        if flight.waiting == count:
+            event.set()
+        return flight, first
+
+    monkeypatch.setattr(cache._flights, "join", joined)
+
+
 def trace(model):
     """All that an adapter could leave in a model."""
     return {

@@ -20,6 +20,7 @@ from tests.serving.fleet import (
     in_threads,
     save,
     served_model,
+    set_when_waited_for,
     tensors_alive,
     trace,
     without_head,
@@ -194,16 +195,7 @@ def test_fifty_threads_that_ask_for_one_adapter_load_it_once(folder, model, expe
         return folder / name
 
     cache = AdapterCache(model, source)
-
-    join = cache._flights.join
-
-    def joined(name):
-        flight, first = join(name)
-        if flight.waiting == 50:
-            all_wait.set()
-        return flight, first
-
-    monkeypatch.setattr(cache._flights, "join", joined)
+    set_when_waited_for(monkeypatch, cache, all_wait, 50)
     in_threads(*[lambda: ask(cache, model, [NAMES[3]], expected)] * 50)
     assert all_wait.is_set()
     assert calls == [NAMES[3]]

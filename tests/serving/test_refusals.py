@@ -10,7 +10,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_mask import AdapterCache, AdapterRefusedError, MaskConfig, UnknownAdapterError, keep_scores
-from tests.serving.fleet import NAMES, SECONDS, answer, ask, base, in_threads, save, served_model, trace
+from tests.serving.fleet import (
+    NAMES,
+    SECONDS,
+    answer,
+    ask,
+    base,
+    in_threads,
+    save,
+    served_model,
+    set_when_waited_for,
+    trace,
+)
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -210,15 +221,7 @@ def test_an_exception_of_the_loader_reaches_all_who_wait(folder, model, expected
         raise RuntimeError("the shelf is on fire")
 
     cache = AdapterCache(model, source, refusal_seconds=0)
-    join = cache._flights.join
-
-    def joined(name):
-        flight, first = join(name)
-        if flight.waiting == 8:
-            all_wait.set()
-        return flight, first
-
-    monkeypatch.setattr(cache._flights, "join", joined)
+    set_when_waited_for(monkeypatch, cache, all_wait, 8)
     errors = []
 
     def client():
@@ -246,15 +249,7 @@ def test_who_looks_for_an_adapter_and_is_interrupted_leaves_it_to_the_others(fol
         return folder / NAMES[2]
 
     cache = AdapterCache(model, source)
-    join = cache._flights.join
-
-    def joined(name):
-        flight, first = join(name)
-        if flight.waiting == 2:
-            both_wait.set()
-        return flight, first
-
-    monkeypatch.setattr(cache._flights, "join", joined)
+    set_when_waited_for(monkeypatch, cache, both_wait, 2)
     ends = []
 
     def client():

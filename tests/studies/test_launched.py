@@ -43,5 +43,11 @@ def test_each_of_several_processes_leaves_with_its_status(line, status, said):
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(("line", "printed"), [("", "donefreed"), ("launched.keep(trainer)", "done")])
+def test_what_is_kept_is_not_freed_before_the_process_is_left(line, printed):
+    trainer = "trainer = type('Trainer', (), {'__del__': lambda self: print('freed', end='')})()"
+    assert ended(f"{trainer}\n    {line}", 2).stdout == printed
+
+
 def test_a_single_process_ends_as_python_does():
     assert ended("", 1).stdout == "donePython's own end\n"
