@@ -1,0 +1,159 @@
+"""A base and a folder of adapters -> what answers requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+
+from peft_mask.model.names import BITS, module_name
+from peft_mask.server.batcher import Batcher
+from peft_mask.server.settings import ServerSettings
+from peft_mask.server.tasks import TASKS, Classification, Embeddings, Generation, Tagging, Task
+from peft_mask.serving.cache import AdapterCache
+from peft_mask.serving.source import CONFIG, TENSORS
+from peft_mask.settings.config import MaskConfig
+
+_AUTO: dict[type[Task], Any] = {
+    Classification: transformers.AutoModelForSequenceClassification,
+    Tagging: transformers.AutoModelForTokenClassification,
+    Embeddings: transformers.AutoModel,
+    Generation: transformers.AutoModelForCausalLM,
+}
+Shapes = dict[str, tuple[int, ...]]  # of the tensors of a file, by name
+
+
+def task_of(settings: ServerSettings) -> type[Task]:
+    """Return what is served: what the settings say, or else what all adapters of the folder are for.
+
+    Raises:
+        ValueError: the folder holds no mask that can be read, or masks for several tasks.
+    """
+    return TASKS[settings.task] if settings.task else _task_of(_adapters_in(Path(settings.adapters)), settings.adapters)
+
+
+def load_batcher(settings: ServerSettings) -> Batcher:
+    """Load a base, make room for the adapters of a folder in it, and return what answers for them.
+
+    No adapter is loaded yet: the masked layers are those of the adapter with the most masks, the head is as wide as the
+    widest.
+
+    Raises:
+        ValueError: as in `task_of`, or the base cannot be loaded.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    task = task_of(settings)
+    found = [(config, shapes) for config, shapes in _adapters_in(Path(settings.adapters)) if _is_for(task, config)]
+    if not found:
+        raise ValueError(f"no adapter in '{settings.adapters}' is for the task {task.task_type}.")
+    pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
+    pattern.inference_mode = True
+    try:
+        base = _load_base(settings, task, [shapes for _, shapes in found])
+        tokenizer = AutoTokenizer.from_pretrained(settings.base)
+    except OSError as error:
+        raise ValueError(f"the base '{settings.base}' cannot be loaded: {error}") from error
+    length = settings.max_length or _longest(base, tokenizer)
+    pooling = {"pooling": settings.pooling or _pooling_of(settings.base)} if task is Embeddings else {}
+    cache = AdapterCache(
+        get_peft_model(base, pattern, adapter_name="none").eval(),
+        settings.adapters,
+        max_bytes=settings.max_bytes,
+        slots=settings.slots,
+        timeout=settings.timeout,
+    )
+    return Batcher(
+        cache,
+        task(tokenizer, length, **pooling),
+        max_rows=settings.max_rows,
+        max_tokens=settings.max_tokens,
+        max_wait=settings.max_wait,
+        max_waiting=settings.max_waiting,
+    )
+
+
+def _adapters_in(folder: Path) -> list[tuple[MaskConfig, Shapes]]:
+    """Return what can be read of a folder's adapters; the others are refused when they are asked for."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder '{folder}' to take adapters from.")
+    found, refused = [], []
+    for place in sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
+        try:
+            config = MaskConfig.from_pretrained(str(place))
+            if not isinstance(config, MaskConfig):
+                raise ValueError(f"it is of type {config.peft_type}")
+            with safe_open(place / TENSORS, "pt") as file:
+                shapes = {module_name(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            found.append((config, shapes))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            refused.append(f"{place.name}: {error}")
+    if not found:
+        raise ValueError(f"'{folder}' holds no mask that can be read. {' '.join(refused[:3])}".rstrip())
+    return found
+
+
+def _is_for(task: type[Task], config: MaskConfig) -> bool:
+    return config.task_type == task.task_type or (config.task_type is None and task is Embeddings)
+
+
+def _task_of(adapters: Sequence[tuple[MaskConfig, Shapes]], folder: str) -> type[Task]:
+    said = {str(config.task_type) for config, _ in adapters}
+    found = [task for task in TASKS.values() if all(_is_for(task, config) for config, _ in adapters)]
+    if not found:
+        raise ValueError(
+            f"the adapters in '{folder}' are for {sorted(said)}: say which task to serve, one of {[*TASKS]}."
+        )
+    return found[0]
+
+
+def _load_base(settings: ServerSettings, task: type[Task], files: Sequence[Shapes]) -> Any:
+    config = AutoConfig.from_pretrained(settings.base)
+    labels = settings.num_labels or (_widest(task, config, files) if task in (Classification, Tagging) else 0)
+    wanted = {"num_labels": labels} if labels and labels != config.num_labels else {}
+    return _AUTO[task].from_pretrained(settings.base, dtype=settings.dtype, **wanted).to(settings.device)
+
+
+def _widest(task: type[Task], config: Any, files: Sequence[Shapes]) -> int:
+    """Return the largest number of labels of some heads; 0 if they have none of their own."""
+    with torch.device("meta"):
+        shapes = [
+            {name: tuple(own.shape) for name, own in _AUTO[task].from_config(_with(config, labels)).named_parameters()}
+            for labels in (3, 5)
+        ]
+    outputs = {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
+    return max((shape[0] for file in files for name, shape in file.items() if name in outputs and shape), default=0)
+
+
+def _with(config: Any, labels: int) -> Any:
+    changed = type(config).from_dict(config.to_dict())
+    changed.num_labels = labels
+    return changed
+
+
+def _longest(base: Any, tokenizer: Any) -> int | None:
+    """Return how many tokens a base can take; None if nobody says."""
+    places = getattr(base.config, "max_position_embeddings", None)
+    for module in base.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if places and isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            places -= positions.padding_idx + 1  # RoBERTa's first places are for padding
+            break
+    said = [limit for limit in (places, tokenizer.model_max_length) if limit and limit < 1 << 20]
+    return min(said, default=None)
+
+
+def _pooling_of(base: str) -> Any:
+    """Return what a folder of sentence-transformers says of pooling; the mean if it says nothing."""
+    path = Path(base) / "1_Pooling" / "config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+    return next((name for key, name in modes.items() if said.get(key)), "mean")

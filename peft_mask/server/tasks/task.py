@@ -1,0 +1,182 @@
+"""What a server asks of a task: an input -> a row of numbers -> an answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peft_mask.server.errors import InvalidInputError
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One input, ready to be computed.
+
+    Attributes:
+        features: what the tokenizer made of it, lists without a batch dimension.
+        length: how many tokens these are.
+        key: rows are computed together only if theirs are equal.
+        options: what the request said beside its input.
+        details: what the answer needs of the input.
+    """
+
+    features: Mapping[str, Any]
+    length: int
+    key: object = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    details: Any = None
+
+
+class Task(ABC):
+    """One kind of question: how an input becomes a row, and what is answered.
+
+    Args:
+        tokenizer: that of the base model.
+        max_length: how many tokens an input may have. By default what the tokenizer says, or else 512.
+
+    Attributes:
+        name: word for it on the command line.
+        path: where an HTTP server answers it.
+        task_type: PEFT's word for it.
+        options: what a request may say beside its input, and the defaults.
+        answers_base: whether the base alone, without an adapter, has an answer.
+        input: what a request calls its inputs.
+        entries: what a response calls its answers.
+    """
+
+    name: ClassVar[str]
+    path: ClassVar[str]
+    task_type: ClassVar[str]
+    options: ClassVar[Mapping[str, object]] = {}
+    answers_base: ClassVar[bool] = False
+    input: ClassVar[str] = "input"
+    entries: ClassVar[str] = "data"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        said = tokenizer.model_max_length
+        self.tokenizer = tokenizer
+        self.max_length = max_length or (said if said < 1 << 20 else 512)  # a tokenizer that does not know says 10^30
+
+    def encode(self, item: object, options: Mapping[str, Any]) -> Row:
+        """Return an input as a row.
+
+        Args:
+            item: a text, or a mapping with "text" and "text_pair".
+            options: some of `options`, by name.
+
+        Raises:
+            InvalidInputError: it is no text, empty, or too long, or an option is unknown or has no meaning.
+        """
+        texts = _texts_of(item)
+        if unknown := sorted(options.keys() - self.options.keys()):
+            raise InvalidInputError(f"there is no option {unknown[0]!r} for {self.path}: {sorted(self.options)}.")
+        chosen = {**self.options, **{name: value for name, value in options.items() if value is not None}}
+        self.check(chosen)
+        longest = 16 * self.max_length * len(texts)  # characters: who sends a book shall not have it tokenized
+        if (characters := sum(map(len, texts))) > longest:
+            raise InvalidInputError(f"a text of {characters} characters is too long: expected at most {longest}.")
+        encoded = self.tokenizer(*texts, **self.tokenization())
+        features = {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
+        length = len(features["input_ids"])
+        if length > self.room(chosen):
+            raise InvalidInputError(
+                f"a text of {length} tokens is too long: expected at most {self.room(chosen)}. Shorten it, or cut it."
+            )
+        return Row(features, length, self.key(chosen), chosen, self.details(texts, encoded))
+
+    def compute(
+        self, model: nn.Module, rows: Sequence[Row], adapters: Sequence[str], labels: Sequence[Sequence[str]]
+    ) -> list[Any]:
+        """Return the answer to each row, all computed in one call.
+
+        Args:
+            model: a PEFT model in evaluation mode.
+            rows: inputs with equal keys.
+            adapters: for each its adapter, or slot of one, or "__base__".
+            labels: for each the names of its adapter's labels, in the order of the logits.
+        """
+        batch = self.tokenizer.pad(
+            {name: [row.features[name] for row in rows] for name in rows[0].features}, return_tensors="pt"
+        ).to(device_of(model))
+        with torch.inference_mode():
+            return self.answers(model, dict(batch), rows, list(adapters), labels)
+
+    @abstractmethod
+    def answers(
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor],
+        rows: Sequence[Row],
+        adapters: list[str],
+        labels: Sequence[Sequence[str]],
+    ) -> list[Any]:
+        """Return the answer to each row of a padded batch."""
+
+    @classmethod
+    @abstractmethod
+    def entry(cls, answer: Any, encoding: str | None) -> dict[str, Any]:
+        """Return an answer as a response has it.
+
+        Args:
+            answer: one of `answers`.
+            encoding: what the request says of it, where it can.
+        """
+
+    # ---- what some tasks do otherwise ----
+
+    def tokenization(self) -> dict[str, Any]:
+        """Return what the tokenizer is told beside the text."""
+        return {}
+
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 - most tasks have nothing to check
+        """Refuse options that have no meaning."""
+
+    def room(self, options: Mapping[str, Any]) -> int:
+        """Return how many tokens an input may have."""
+        return self.max_length
+
+    def key(self, options: Mapping[str, Any]) -> object:
+        """Return what must be equal in rows that are computed together."""
+        return None
+
+    def details(self, texts: Sequence[str], encoded: Any) -> Any:
+        """Return what the answer needs of the input."""
+        return None
+
+
+def whole(options: Mapping[str, Any], name: str, low: int, high: int) -> int:
+    """Return an option that is a whole number within limits.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    value = options[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidInputError(f"{name} must be a whole number from {low} to {high}, got {value!r}.")
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs."""
+    return next(model.parameters()).device
+
+
+def _texts_of(item: object) -> list[str]:
+    if isinstance(item, Mapping):
+        if unknown := sorted(map(str, item.keys() - {"text", "text_pair"})):
+            raise InvalidInputError(f"an input has 'text' and may have 'text_pair', got {unknown[0]!r}.")
+        texts = [item.get("text"), *([item["text_pair"]] if item.get("text_pair") is not None else [])]
+    else:
+        texts = [item]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidInputError(f"an input is a text, got {type(text).__name__}.")
+        if not text.strip():
+            raise InvalidInputError("an input is empty: expected a text.")
+    return [str(text) for text in texts]
