@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from peft_mask.model.embeddings import base_tensor, embeddings_of, fits, is_resi
 from peft_mask.model.names import module_name, plain_name, state_name
 from peft_mask.settings.config import MaskConfig
 from peft_mask.tensors.sharded import is_flattened, is_sharded, shape_of
+
+_ALL: Mapping[str, int] = MappingProxyType({})  # rows of every tensor
 
 
 @dataclass
@@ -62,7 +65,13 @@ class Accepted:
     rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
-def own_tensors(model: nn.Module, adapter_name: str, config: MaskConfig, tensors: Mapping[str, Tensor]) -> Accepted:
+def own_tensors(
+    model: nn.Module,
+    adapter_name: str,
+    config: MaskConfig,
+    tensors: Mapping[str, Tensor],
+    rows: Mapping[str, int] = _ALL,
+) -> Accepted:
     """Find those tensors that are an adapter's own, by the names that PEFT has given them in `model`.
 
     What has the name and the value of a tensor of the base model is left out: there is nothing to load. So is what
@@ -77,12 +86,14 @@ def own_tensors(model: nn.Module, adapter_name: str, config: MaskConfig, tensors
         adapter_name: which adapter.
         config: its configuration.
         tensors: what its file holds beside masks and scores.
+        rows: how many of the model's rows a file is to have of some tensors, by name in the file without PEFT's prefix;
+            they are the first ones. Of other tensors it is to have all.
 
     Raises:
         ValueError: if one would change something else, is NaN, of another shape, or of integers where the model has
             real numbers.
     """
-    slots = {module_name(f"{slot.path}.{slot.target}"): slot for slot in _slots(model, adapter_name)}
+    slots = {module_name(f"{slot.path}.{slot.target}"): slot for slot in _slots(model, adapter_name, rows)}
     accepted, foreign = Accepted(), []
     for key, tensor in tensors.items():
         name = module_name(key)
@@ -92,9 +103,9 @@ def own_tensors(model: nn.Module, adapter_name: str, config: MaskConfig, tensors
             accepted.tensors[key], accepted.beside[slot.name] = tensor, (tensor, slot.tokens)
         elif _is_in_base(model, path, attribute, tensor) or _is_once_more(model, adapter_name, name):
             continue
-        elif (rows := _rows(model, adapter_name, config, name, tensor)) is not None:
+        elif (some := _rows(model, adapter_name, config, name, tensor)) is not None:
             accepted.beside[name] = tensor, ()
-            accepted.rows |= rows
+            accepted.rows |= some
         elif (whole := _embedding(model, path, attribute, tensor)) and _may_bring(model, config, name):
             _check(name, whole[1], tensor)
             accepted.embeddings.setdefault(whole[0], {})[attribute] = tensor
@@ -141,19 +152,22 @@ def own_in(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
     return own
 
 
-def check_own_shapes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> Beside:
+def check_own_shapes(
+    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], rows: Mapping[str, int] = _ALL
+) -> Beside:
     """Return what of a file an adapter trained whole.
 
     Args:
         model: the model, with the adapter in place.
         adapter_name: which adapter.
         tensors: the file's tensors, by their names in it.
+        rows: as in `own_tensors`.
 
     Raises:
         ValueError: if the file lacks something, or has it in another shape.
     """
     own = {}
-    for slot in _slots(model, adapter_name):
+    for slot in _slots(model, adapter_name, rows):
         found = tensors.get(plain_name(f"{slot.path}.{slot.source}"))
         if found is None:
             _refuse_shape(slot.name, slot.value, "nothing of that name")
@@ -168,14 +182,16 @@ def own_by_name(model: nn.Module, adapter_name: str) -> Beside:
     return {slot.name: (slot.value, slot.tokens) for slot in _slots(model, adapter_name)}
 
 
-def _slots(model: nn.Module, adapter_name: str) -> Iterator[Slot]:
+def _slots(model: nn.Module, adapter_name: str, rows: Mapping[str, int] = _ALL) -> Iterator[Slot]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             state, tokens = module.state_dict(keep_vars=True), ()
             if isinstance(module, TrainableTokensWrapper):
                 tokens = module.token_adapter.token_indices.get(adapter_name, ())
             for source, target in module.adapter_state_dict_load_map(adapter_name).items():
-                yield Slot(state_name(path), source, target, state[target], tokens)
+                slot = Slot(state_name(path), source, target, state[target], tokens)
+                slot.value = slot.value[: rows[slot.name]] if slot.name in rows else slot.value
+                yield slot
 
 
 def _check(name: str, present: Tensor, tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from peft_mask.layers.rows import BASE
 from peft_mask.serving.coded import CodedAdapter, read_adapter
 from peft_mask.serving.errors import AdapterRefusedError
 from peft_mask.serving.flights import Flight, Flights
-from peft_mask.serving.lease import Lease
+from peft_mask.serving.lease import Adapter, Lease, Rows
 from peft_mask.serving.loads import Loads
 from peft_mask.serving.resident import Version
 from peft_mask.serving.rooms import Rooms
@@ -31,7 +31,7 @@ _WAITING_TASKS = 4  # threads that wait for tasks of asyncio; those that wait lo
 
 @dataclass(eq=False)
 class _Grant:
-    rows: list[str]
+    rows: Rows
     versions: list[Version]
 
 
@@ -46,12 +46,16 @@ class AdapterCache:
     lease lasts, in all layers and in the head. What nobody leases, and nobody has pinned, makes room for others, the
     least recently used first, and only once what needs the room was read and found right.
 
+    Adapters may have fewer labels than the model. Their logits come first, and `rows.adapters` says of each row how
+    many these are and, if `labels.json` stands in the adapter's folder, what they are called. The logits after them
+    are the most negative finite number, so that softmax gives them 0; where the head has no bias they are 0.
+
     All methods may be called from any thread, and calls of the model under a lease need no lock, whatever is loaded
     or evicted meanwhile.
 
     Args:
         model: a PEFT model with one adapter active. That one is not the cache's; the others may mask no layer that it
-            does not, and train beside their masks what it does.
+            does not, train beside their masks what it does, and have no more labels.
         source: a folder of adapters' folders; a mapping from name to folder or to an id on the Hub, with its
             `@revision` or without; or a callable that returns one of these for a name, and raises a `LookupError` for
             a name that it does not know.
@@ -102,7 +106,8 @@ class AdapterCache:
             timeout: how many seconds to wait for room that others have; by default the cache's.
 
         Returns:
-            A context that gives the value of `adapter_names`. Entering it may raise
+            A context that gives the value of `adapter_names`, a list that also says which adapters these are (see
+            `lease.Rows`). Entering it may raise
 
             - `AdapterRefusedError` for an adapter that is damaged or not for this model, `UnknownAdapterError` for one
               that is not there: no other adapter of the lease is leased then;
@@ -258,7 +263,7 @@ class AdapterCache:
                         for version in held:
                             if version.slot is None:
                                 self._rooms.fill(version, held, deadline)
-                    return _Grant(self._row_names(rows, held), held)
+                    return _Grant(self._rows_of(rows, held), held)
                 except BaseException:
                     self._rooms.release(held)
                     raise
@@ -277,12 +282,15 @@ class AdapterCache:
     def _granted(self, rows: Sequence[str], versions: Sequence[Version]) -> _Grant:
         for version in versions:
             self._resident.use(version)
-        return _Grant(self._row_names(rows, versions), list(versions))
+        return _Grant(self._rows_of(rows, versions), list(versions))
 
     @staticmethod
-    def _row_names(rows: Sequence[str], versions: Sequence[Version]) -> list[str]:
+    def _rows_of(names: Sequence[str], versions: Sequence[Version]) -> Rows:
         slots = {version.name: version.slot for version in versions}
-        return [BASE if name == BASE else str(slots[name]) for name in rows]
+        adapters = {
+            own.name: Adapter(own.name, own.coded.digest, own.coded.labels, own.coded.num_labels) for own in versions
+        }
+        return Rows([BASE if name == BASE else str(slots[name]) for name in names], map(adapters.get, names))
 
     def _give_back(self, grant: _Grant) -> None:
         self._rooms.release(grant.versions)
@@ -291,10 +299,9 @@ class AdapterCache:
 
     def _read(self, name: str, folder: Path) -> CodedAdapter:
         with self._loads.refusing(name):
-            read = read_adapter(folder, self.max_bytes)
-            self._rooms.slots.check(read)
+            coded = self._rooms.slots.check(read_adapter(folder, self.max_bytes))
         self._count(loads=1)
-        return read.coded
+        return coded
 
     def _hold(self, name: str, flight: Flight | None, held: list[Version], deadline: float) -> None:
         """Lease an adapter that may be in no slot yet, and add it to those that are `held`."""

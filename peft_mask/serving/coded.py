@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peft_mask.model.names import BITS, FOR_TRAINING, module_name, named
-from peft_mask.serving.source import CONFIG, TENSORS
+from peft_mask.serving.labels import read_names
+from peft_mask.serving.source import CONFIG, LABELS, TENSORS
 from peft_mask.settings.config import MaskConfig
 
-_TRIES = 5  # to read two files that belong together, while others write new ones
-_LONGEST_CONFIG = 16 << 20
+_TRIES = 5  # to read files that belong together, while others write new ones
+_LONGEST_CONFIG, _LONGEST_LABELS = 16 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,25 @@ class CodedAdapter:
     Attributes:
         file: (bytes,) uint8, the file's own bytes, or without what is for training only: records and head.
         digest: tells the files of one version from those of another.
+        labels: names of its labels, in the order of the logits; None if it does not say.
+        num_labels: how many labels its head has; None if that is not known, or not yet.
     """
 
     file: Tensor
     digest: str
+    labels: tuple[str, ...] | None = None
+    num_labels: int | None = None
 
     @classmethod
-    def of(cls, data: bytes, digest: str) -> CodedAdapter:
+    def of(cls, data: bytes, digest: str, labels: tuple[str, ...] | None = None) -> CodedAdapter:
         """Keep the bytes of a safetensors file."""
         with torch.inference_mode(False):  # whoever asks first: the others could not tell when this changes
-            return cls(torch.frombuffer(bytearray(data), dtype=torch.uint8), digest)
+            return cls(torch.frombuffer(bytearray(data), dtype=torch.uint8), digest, labels)
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        return self.file.nbytes
+        return self.file.nbytes + sum(map(sys.getsizeof, self.labels or ()))
 
     def records(self) -> dict[str, Tensor]:
         """Return the records of its masks by module name, as views: they take no memory of their own."""
@@ -81,17 +87,17 @@ class ReadAdapter:
 
 
 def read_adapter(folder: Path, max_bytes: int) -> ReadAdapter:
-    """Read an adapter's folder, both files of one version.
+    """Read an adapter's folder, all files of one version.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: what `save_pretrained` wrote, and `labels.json` with the names of its labels if there are any.
         max_bytes: how large its file may be at most.
 
     Raises:
         ValueError: a file is not there, damaged, too large, or of another method; the bare reason.
         OSError: a file cannot be read.
     """
-    said, data = _both_files(folder, max_bytes)
+    said, data, named_labels = _files(folder, max_bytes)
     config = _configuration(folder, said)
     try:
         with torch.inference_mode(False):
@@ -100,23 +106,36 @@ def read_adapter(folder: Path, max_bytes: int) -> ReadAdapter:
         raise ValueError(f"'{folder / TENSORS}' is not a whole safetensors file ({error}).") from error
     digest = hashlib.blake2b(said, digest_size=16)
     digest.update(data)
+    labels = None
+    if named_labels is not None:
+        digest.update(named_labels)
+        labels = read_names(folder / LABELS, named_labels)
     if kept := {name: tensor for name, tensor in tensors.items() if not name.endswith(FOR_TRAINING)}:
         data = data if len(kept) == len(tensors) else save(kept)
-    return ReadAdapter(config, kept, CodedAdapter.of(data, digest.hexdigest()))
+    return ReadAdapter(config, kept, CodedAdapter.of(data, digest.hexdigest(), labels))
 
 
-def _both_files(folder: Path, max_bytes: int) -> tuple[bytes, bytes]:
-    names = [folder / name for name in (CONFIG, TENSORS)]
-    for path, longest in zip(names, (_LONGEST_CONFIG, max_bytes), strict=True):
+def _files(folder: Path, max_bytes: int) -> tuple[bytes, bytes, bytes | None]:
+    """Return what the configuration, the file of tensors and that of the labels' names hold."""
+    for name, longest in ((CONFIG, _LONGEST_CONFIG), (TENSORS, max_bytes), (LABELS, _LONGEST_LABELS)):
+        path = folder / name
+        if name == LABELS and not path.exists():
+            continue
         if not path.is_file():
-            raise ValueError(f"'{path}' does not exist: give the folder that save_pretrained wrote.")
+            what = "is no file" if path.exists() else "does not exist"
+            raise ValueError(f"'{path}' {what}: give the folder that save_pretrained wrote.")
         if (size := path.stat().st_size) > longest:
             raise ValueError(f"'{path}' has {size:,} bytes, more than the {longest:,} that it may have.")
     for _ in range(_TRIES):
-        said, data = (path.read_bytes() for path in names)
-        if names[0].read_bytes() == said:
+        said, data = _small_files(folder), (folder / TENSORS).read_bytes()
+        if _small_files(folder) == said:
             break
-    return said, data
+    return said[0], data, said[1]
+
+
+def _small_files(folder: Path) -> tuple[bytes, bytes | None]:
+    labels = folder / LABELS
+    return (folder / CONFIG).read_bytes(), labels.read_bytes() if labels.is_file() else None
 
 
 def _configuration(folder: Path, said: bytes) -> MaskConfig:

@@ -13,6 +13,7 @@ from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.beside import check_own_shapes, own_tensors
 from peft_mask.model.loading import checked_bits
 from peft_mask.model.names import BITS, named, named_as_in
+from peft_mask.serving.labels import OutputLayer
 from peft_mask.settings.config import MaskConfig
 
 
@@ -49,18 +50,25 @@ def check_fits(
     layers: Mapping[str, MaskLayer],
     pattern: MaskConfig,
     slot: str,
+    output: OutputLayer | None,
     config: MaskConfig,
     tensors: Mapping[str, Tensor],
-) -> None:
+) -> int | None:
     """Refuse an adapter that is not for this model, or damaged. Nothing of the model changes.
+
+    An adapter may have fewer labels than the model: its output layer has their rows alone then, and is checked as such.
 
     Args:
         model: the model.
         layers: its masked layers by module name.
         pattern: the configuration of the adapter that the model was made with.
         slot: name of a slot, for what adapters train whole.
+        output: the layer that has an output for each label, if that is known.
         config: that of the adapter.
         tensors: those of its file.
+
+    Returns:
+        How many labels it has; None if the layer is not known.
 
     Raises:
         ValueError: the reason.
@@ -80,15 +88,18 @@ def check_fits(
             f"its file holds {len(records)} masks, its configuration speaks of {len(announced)}: download or save it "
             "again."
         )
+    labels = output.labels_of(tensors, records) if output is not None else None
     for name, record in records.items():
         checked_bits(name, layers[name], record, config)
-    check_own_shapes(model, slot, tensors)
+    rows = output.rows(labels) if output is not None and labels is not None else {}
+    check_own_shapes(model, slot, tensors, rows)
     others = {key: tensor for key, tensor in tensors.items() if not key.endswith(BITS)}
-    accepted = own_tensors(model, slot, config, _named_for(model, slot, others))
+    accepted = own_tensors(model, slot, config, _named_for(model, slot, others), rows)
     if accepted.embeddings or accepted.rows:
         raise ValueError("it brings embeddings of its own, for which there are no slots: load it with load_adapter.")
     if config.checksums is not None:
         check(config.checksums, records, accepted.beside)
+    return labels
 
 
 def _named_for(model: PeftModel, slot: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

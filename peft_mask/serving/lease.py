@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The version of an adapter that a lease has.
+
+    Attributes:
+        name: as it was asked for.
+        digest: tells this version from others.
+        labels: names of its labels, in the order of the logits, from `labels.json` in its folder; None without one.
+        num_labels: how many labels it has: logits after these many are not its own. None if the model's head has no
+            layer with `config.num_labels` outputs.
+    """
+
+    name: str
+    digest: str
+    labels: tuple[str, ...] | None
+    num_labels: int | None
+
+
+class Rows(list[str]):
+    """What `adapter_names` takes: the name of a slot for each row.
+
+    Attributes:
+        adapters: the adapter of each row, in the version that is leased; None for rows of `"__base__"`.
+    """
+
+    def __init__(self, slots: Iterable[str], adapters: Iterable[Adapter | None]) -> None:
+        super().__init__(slots)
+        self.adapters = tuple(adapters)
 
 
 class Grant(Protocol):
     """What a lease got."""
 
-    rows: list[str]
+    rows: Rows
 
 
 class Lease:
     """Adapters for the time of a `with` block, or of an `async with` block, which does not block the event loop.
 
-    Entering it gives what `adapter_names` takes: the name of a slot for each row.
+    Entering it gives `Rows`: what `adapter_names` takes, and which adapters these are.
 
     Args:
         now: returns a grant if nothing is to be waited for, else None.
@@ -37,7 +68,7 @@ class Lease:
         self._now, self._wait, self._give_back, self._executor = now, wait, give_back, executor
         self._grants: list[Grant] = []
 
-    def __enter__(self) -> list[str]:
+    def __enter__(self) -> Rows:
         return self._hold(self._now() or self._wait())
 
     def __exit__(
@@ -45,7 +76,7 @@ class Lease:
     ) -> None:
         self._give_back(self._grants.pop())
 
-    async def __aenter__(self) -> list[str]:
+    async def __aenter__(self) -> Rows:
         if (grant := self._now()) is not None:
             return self._hold(grant)
         waiting = self._executor().submit(self._wait)
@@ -62,7 +93,7 @@ class Lease:
     ) -> None:
         self.__exit__(kind, error, traceback)
 
-    def _hold(self, grant: Grant) -> list[str]:
+    def _hold(self, grant: Grant) -> Rows:
         self._grants.append(grant)
         return grant.rows
 

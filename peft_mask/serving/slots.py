@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -20,6 +21,8 @@ from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.names import module_name
 from peft_mask.serving.coded import CodedAdapter, ReadAdapter
 from peft_mask.serving.fitting import check_fits
+from peft_mask.serving.labels import output_layer_of, put
+from peft_mask.serving.source import LABELS
 from peft_mask.settings.config import MaskConfig
 
 _served: weakref.WeakSet[PeftModel] = weakref.WeakSet()
@@ -51,6 +54,7 @@ class Slots:
             for path, module in model.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and active in module.modules_to_save
         }
+        self._output = output_layer_of(model, self.pattern, self._heads, self._layers)
         self.count = count
         self.names: list[str] = []
         self._made = [f"slot:{number}" for number in range(count)]
@@ -61,13 +65,22 @@ class Slots:
         _served.add(model)
         self._make()
 
-    def check(self, read: ReadAdapter) -> None:
-        """Refuse an adapter that does not fit the model, or is damaged.
+    def check(self, read: ReadAdapter) -> CodedAdapter:
+        """Return what is to be kept of an adapter, and refuse it if it does not fit the model, or is damaged.
 
         Raises:
             ValueError: the bare reason; nothing has changed.
         """
-        check_fits(self._model, self._layers, self.pattern, self.names[0], read.config, read.tensors)
+        count = check_fits(
+            self._model, self._layers, self.pattern, self.names[0], self._output, read.config, read.tensors
+        )
+        names = read.coded.labels
+        if names is not None and count is not None and len(names) != count:
+            raise ValueError(
+                f"its '{LABELS}' names {len(names)} labels, its head has {count}: write all of them, in the order of "
+                "the logits."
+            )
+        return replace(read.coded, num_labels=count)
 
     def is_full(self) -> bool:
         """Return whether there are as many slots as there may be."""
@@ -99,7 +112,7 @@ class Slots:
                 self._layers[name].hold_record(slot, record)
             head = adapter.head() if self._heads else {}
             for name, place in self._tensors_of(slot):
-                place.copy_(head[name])
+                put(place, head[name])
 
     def clear(self, slot: str) -> None:
         """Forget the masks of a slot that nobody uses; its head stays, for the next adapter."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft_mask.serving.errors import AdapterRefusedError, UnknownAdapterError
 
 Source = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Callable[[str], str | os.PathLike[str]]
-FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FILES = CONFIG, TENSORS, LABELS = "adapter_config.json", "adapter_model.safetensors", "labels.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_mask import MaskConfig, MaskLayer
@@ -20,22 +21,23 @@ def base():
     return tiny_model("bert", "seq_cls")
 
 
-def save(folder, names, seed=0, **fields):
+def save(folder, names, seed=0, bare=None, **fields):
     """Write adapters of the same base into folders of these names."""
     settings = {"task_type": "SEQ_CLS", "target_sparsity": 0.2, "candidates": None} | fields
-    model = get_peft_model(base(), MaskConfig(**settings))
+    model = get_peft_model(bare or base(), MaskConfig(**settings))
     for number, name in enumerate(names):
         torch.manual_seed(100 * seed + number)
         for module in model.modules():
             for own in [*getattr(module, "peft_mask_scores", {}).values()] if isinstance(module, MaskLayer) else ():
                 nn.init.normal_(own)
-        if settings["task_type"] == "SEQ_CLS":
-            nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+        for module in model.modules():
+            for own in module.modules_to_save.parameters() if isinstance(module, ModulesToSaveWrapper) else ():
+                nn.init.normal_(own)
         model.save_pretrained(folder / name)
 
 
-def served_model(folder, name=NAMES[0]):
-    return PeftModel.from_pretrained(base(), folder / name, adapter_name="own").eval()
+def served_model(folder, name=NAMES[0], bare=None):
+    return PeftModel.from_pretrained(bare or base(), folder / name, adapter_name="own").eval()
 
 
 def answer(model, rows):
@@ -45,9 +47,9 @@ def answer(model, rows):
         return model(input_ids=ids, adapter_names=rows).logits
 
 
-def alone(folder, name):
+def alone(folder, name, bare=None):
     """What an adapter answers to both texts, loaded by PEFT and alone in a model."""
-    model = PeftModel.from_pretrained(base(), folder / name).eval()
+    model = PeftModel.from_pretrained(bare or base(), folder / name).eval()
     with torch.no_grad():
         return model(input_ids=IDS).logits
 

@@ -33,7 +33,7 @@ def test_ids_on_the_hub_are_downloaded_at_their_revision(folder, model, expected
     places = {"a": f"someone/{NAMES[1]}@v1.2", "b": f"someone/{NAMES[2]}", "c": "someone/gone", "d": "../what/ever"}
     cache = AdapterCache(model, places)
     ask(cache, model, ["a", "b"], {"a": expected[NAMES[1]], "b": expected[NAMES[2]]})
-    files = ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "labels.json"]
     assert calls == [(f"someone/{NAMES[1]}", "v1.2", files), (f"someone/{NAMES[2]}", None, files)]
     with pytest.raises(AdapterRefusedError, match=r"'c' is refused: 'someone/gone' cannot be downloaded \(404\)"):
         cache.pin("c")
