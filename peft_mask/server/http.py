@@ -1,6 +1,5 @@
 """HTTP in front of a backend: routes, limits, a token, metrics, a page."""
-
-from __future__ import annotations
+# FastAPI reads annotations as they are: those of a route name what was made for the task
 
 import asyncio
 import hmac
@@ -43,7 +42,7 @@ class Limits:
     seconds: float = 60.0
 
     @classmethod
-    def of(cls, settings: ServerSettings) -> Limits:
+    def of(cls, settings: ServerSettings) -> "Limits":
         """Return those of a server."""
         return cls(settings.max_questions, settings.max_body, settings.timeout)
 
@@ -155,7 +154,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        place = ".".join(str(part) for part in first["loc"][1:])
+        place = place if place and first["type"] != "json_invalid" else "body"
         return _error(422, "InvalidInputError", f"{place}: {first['msg']}.")
 
     @app.exception_handler(HTTPException)

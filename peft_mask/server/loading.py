@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,18 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
     pattern.inference_mode = True
     try:
-        base = _load_base(settings, task, [shapes for _, shapes in found])
+        with _quietly():
+            base = _load_base(settings, task, [shapes for _, shapes in found])
         tokenizer = AutoTokenizer.from_pretrained(settings.base)
     except OSError as error:
         raise ValueError(f"the base '{settings.base}' cannot be loaded: {error}") from error
     length = settings.max_length or _longest(base, tokenizer)
     pooling = {"pooling": settings.pooling or _pooling_of(settings.base)} if task is Embeddings else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        model = get_peft_model(base, pattern, adapter_name="none").eval()
     cache = AdapterCache(
-        get_peft_model(base, pattern, adapter_name="none").eval(),
+        model,
         settings.adapters,
         max_bytes=settings.max_bytes,
         slots=settings.slots,
@@ -113,6 +119,18 @@ def _task_of(adapters: Sequence[tuple[MaskConfig, Shapes]], folder: str) -> type
             f"the adapters in '{folder}' are for {sorted(said)}: say which task to serve, one of {[*TASKS]}."
         )
     return found[0]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Let transformers not advise to train the head, which each adapter brings."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _load_base(settings: ServerSettings, task: type[Task], files: Sequence[Shapes]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -53,7 +54,7 @@ class Service:
         try:
             return [{"output": await asyncio.to_thread(self.batcher.cache.refresh, name)}]
         except Exception as error:
-            return [{"error": as_data(error)}]
+            return [self._told(error)]
 
     async def figures(self) -> list[dict[str, float]]:
         cache = {f"cache_{name}": value for name, value in asdict(self.batcher.cache.stats()).items()}
@@ -66,4 +67,11 @@ class Service:
         try:
             return {"output": await self.batcher.ask(name, item, **options)}
         except Exception as error:
-            return {"error": as_data(error)}
+            return self._told(error)
+
+    def _told(self, error: Exception) -> Outcome:
+        data = as_data(error)
+        source = self.batcher.cache.source
+        if isinstance(source, (str, os.PathLike)):  # where it is, is nobody's business
+            data["message"] = str(data["message"]).replace(f"{os.fspath(source).rstrip('/')}", "the source")
+        return {"error": data}

@@ -22,7 +22,7 @@ from peft_mask.serving.resident import Version
 from peft_mask.serving.rooms import Rooms
 from peft_mask.serving.sizes import bytes_of
 from peft_mask.serving.slots import Slots
-from peft_mask.serving.source import Source, check_name, locator
+from peft_mask.serving.source import Source, check_name, locator, names_of
 from peft_mask.serving.statistics import CacheStatistics
 from peft_mask.serving.turns import Turns
 
@@ -81,6 +81,8 @@ class AdapterCache:
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be 1 at least, got {slots}.")
+        self.model = model
+        self.source = source
         self.max_bytes = bytes_of(max_bytes)
         self.timeout = timeout
         self._flights = Flights(refusal_seconds)
@@ -197,6 +199,14 @@ class AdapterCache:
                 raise ValueError(f"cannot evict {name!r}: it is {why}.")
             self._rooms.evict(version)
             return True
+
+    def names(self) -> list[str]:
+        """Return the names that the source has now, sorted, whether or not these adapters can be used.
+
+        Raises:
+            TypeError: the source is a callable, which does not tell.
+        """
+        return names_of(self.source)
 
     def stats(self) -> CacheStatistics:
         """Return what the cache has done so far, and what it holds."""

@@ -57,6 +57,20 @@ def locator(source: Source) -> Callable[[str], Path]:
     raise TypeError(f"source must be a folder, a mapping or a callable, got a {type(source).__name__}.")
 
 
+def names_of(source: Source) -> list[str]:
+    """Return the names that a source has now, sorted: of a folder those that could be an adapter's.
+
+    Raises:
+        TypeError: the source is a callable, which does not tell.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        names = (path.parent.name for path in Path(source).glob(f"*/{CONFIG}"))
+        return sorted(name for name in names if _NAME.fullmatch(name))
+    if isinstance(source, Mapping):
+        return sorted(source)
+    raise TypeError("a source that is a callable does not tell which names it knows.")
+
+
 def _inside(root: Path, name: str) -> Path:
     folder = root / name
     if not folder.is_dir():
