@@ -50,10 +50,11 @@ def _serve_replicas(settings: ServerSettings) -> None:
     from peft_mask.server.cluster import build
 
     application = build(dataclasses.asdict(settings))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # cores are shared by what computes and what listens: Ray shall start them all the same
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, settings.replicas + 2), include_dashboard=False, ignore_reinit_error=True
-    )
+    cores = max(os.cpu_count() or 1, settings.replicas + 2)
+    own = {"_node_ip_address": settings.host} if settings.host == "127.0.0.1" else {}
+    ray.init(num_cpus=cores, include_dashboard=False, **own)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     print(f"{settings.replicas} replicas at http://{settings.host}:{settings.port}/ once they are loaded", flush=True)
     serve.run(application, name="peft-mask", blocking=True)

@@ -133,7 +133,7 @@ class Batcher:
         """Return the names of an adapter's labels: its own, or the base's, or numbers if nobody knows any."""
         if adapter is not None and adapter.labels is not None:
             return adapter.labels
-        config = self.cache.model.get_base_model().config
+        config: Any = self.cache.model.get_base_model().config
         count: int = getattr(config, "num_labels", 0)
         if adapter is not None and adapter.num_labels is not None:
             count = adapter.num_labels

@@ -136,7 +136,8 @@ def _quietly() -> Iterator[None]:
 def _load_base(settings: ServerSettings, task: type[Task], files: Sequence[Shapes]) -> Any:
     config = AutoConfig.from_pretrained(settings.base)
     labels = settings.num_labels or (_widest(task, config, files) if task in (Classification, Tagging) else 0)
-    wanted = {"num_labels": labels} if labels and labels != config.num_labels else {}
+    # a head that the base brings along may have another number of labels: each adapter has its own
+    wanted = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels and labels != config.num_labels else {}
     return _AUTO[task].from_pretrained(settings.base, dtype=settings.dtype, **wanted).to(settings.device)
 
 

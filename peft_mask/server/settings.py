@@ -82,7 +82,11 @@ def settings_of(said: dict[str, Any]) -> ServerSettings:
 def _converted(name: str, value: Any, default: Any) -> Any:
     if not isinstance(value, str) or isinstance(default, str) or default in (None, dataclasses.MISSING):
         return value
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, got {value!r}.")
+        return value.lower() == "true"
     try:
-        return value.lower() in ("1", "true", "yes") if isinstance(default, bool) else type(default)(value)
+        return type(default)(value)
     except ValueError:
         raise ValueError(f"{name} must be a {type(default).__name__}, got {value!r}.") from None
