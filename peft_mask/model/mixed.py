@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from peft_mask.layers.in_graph import make_known
 from peft_mask.layers.mask_layer import MaskLayer
-from peft_mask.layers.rows import BASE, Rows, in_force
+from peft_mask.layers.rows import BASE, Rows, forward_rows, in_force
 
+_PEFTS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of which PEFT mixes copies; it refuses all others
 _REGISTERING = threading.Lock()  # torch numbers its hooks without one
 
 
@@ -48,7 +49,8 @@ def rows_of(
         exact: whether rows are to have the bits that merged weights give.
 
     Raises:
-        TypeError: if the names are not a list.
+        TypeError: if the names are not a list. In the call, if a trained module of several layers gets more than one
+            tensor, or returns another thing than one.
         ValueError: if the model is in training mode, or if no layer has an adapter of a name.
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
@@ -67,7 +69,9 @@ def rows_of(
     with ExitStack() as hooks:
         with _REGISTERING:
             for module in modules:
-                if isinstance(module, AuxiliaryTrainingWrapper):
+                if isinstance(module, ModulesToSaveWrapper) and not isinstance(module.original_module, _PEFTS):
+                    hooks.enter_context(module.register_forward_hook(_computing(rows), with_kwargs=True))
+                elif isinstance(module, AuxiliaryTrainingWrapper):
                     hooks.enter_context(module.register_forward_pre_hook(_adding(rows), with_kwargs=True))
         with in_force(rows):
             yield
@@ -93,5 +97,27 @@ def _adding(rows: Rows) -> Any:
         if kwargs is None or not rows.are_in_force():
             return None
         return args, kwargs | {"adapter_names": list(rows.repeated(len(args[0])) if args else rows.names)}
+
+    return hook
+
+
+def _computing(rows: Rows) -> Any:
+    def hook(module: Any, args: Any, kwargs: Any, output: Any = None) -> Any:
+        """Return what each adapter's copy makes of its rows, in place of what the active one made of all of them."""
+        if output is None or not rows.are_in_force():  # without an output it is a call of another thread, as above
+            return None
+        others = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]
+        if not args or others or not isinstance(output, Tensor):
+            raise TypeError(
+                f"cannot mix adapters in a {type(module.original_module).__name__} that each has trained: it must be "
+                "called with one tensor, by position, and return one. Call the model with one adapter at a time."
+            )
+
+        def forward(owner: str, x: Tensor) -> Tensor:
+            copies = dict(module.modules_to_save)
+            own: Tensor = copies.get(owner, module.original_module)(x, *args[1:], **kwargs)
+            return own
+
+        return forward_rows(args[0], rows.repeated(len(args[0])), forward)
 
     return hook

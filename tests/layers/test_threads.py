@@ -75,6 +75,26 @@ def test_threads_with_adapters_of_their_own_compute_what_each_does_alone(served)
     assert not torch.allclose(expected["one"], expected["two"])
 
 
+def test_a_head_of_several_layers_computes_the_rows_of_its_own_thread():
+    model = two_adapters("roberta", "seq_cls", "SEQ_CLS")
+    for parameter in model.base_model.model.classifier.modules_to_save.parameters():
+        nn.init.normal_(parameter)
+    inputs = batch(model)
+    with torch.no_grad():
+        expected = {name: alone(model, name, lambda: model(**inputs).logits) for name in ("one", "two")}
+    model.set_adapter("one")
+    names = ["one", "two", None, "two", "one"]
+    barrier = threading.Barrier(len(names), timeout=30)  # before the head, when the hooks of all are there
+    hook = layers_of(model)[-1].register_forward_hook(lambda *_: (barrier.wait(), None)[1])
+    for _ in range(5):
+        found = in_threads([lambda name=name: call(model, inputs, name) for name in names])
+        for name, logits in zip(names, found, strict=True):
+            torch.testing.assert_close(logits, expected[name or "one"], atol=1e-4, rtol=1e-4)
+    hook.remove()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not torch.allclose(expected["one"], expected["two"], atol=0.1)
+
+
 def test_a_hook_that_another_thread_has_just_removed_does_no_harm(served):
     model, inputs, expected, _ = served
     layer = layers_of(model)[0]

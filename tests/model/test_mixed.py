@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_mask import MaskConfig
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.served_models import alone, served
-from tests.tiny_models import tiny_inputs, tiny_model
+from tests.tiny_models import EOS, tiny_inputs, tiny_model
 
 NAMES = ["one", "two", "__base__", "one", "two"]
 
@@ -66,6 +67,55 @@ def test_rows_have_their_own_task_heads():
     mixed = model(**inputs, adapter_names=["one", "two", "two", "one", "one"]).logits
     for row, name in enumerate(["one", "two", "two", "one", "one"]):
         torch.testing.assert_close(mixed[row], expected[name][row])
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "modernbert", "electra", "bart"])
+def test_rows_have_their_own_task_heads_of_several_layers(family):
+    model = two_adapters(family, "seq_cls", "SEQ_CLS")
+    for head in [own for own in model.modules() if isinstance(own, ModulesToSaveWrapper)]:
+        for parameter in head.modules_to_save.parameters():
+            nn.init.normal_(parameter)
+    inputs = batch(model)
+    if family == "bart":  # which asks for them at the end of each text
+        inputs["input_ids"][:, -1] = EOS
+    with model.disable_adapter():
+        bare = model(**inputs).logits
+    expected = {name: alone(model, name, lambda: model(**inputs).logits) for name in ("one", "two")} | {
+        "__base__": bare
+    }
+    assert not torch.allclose(expected["one"], expected["two"], atol=0.1)
+    for active in ("one", "two"):
+        model.set_adapter(active)
+        mixed = model(**inputs, adapter_names=NAMES).logits
+        for row, name in enumerate(NAMES):
+            torch.testing.assert_close(mixed[row], expected[name][row], atol=1e-4, rtol=1e-4)
+    model.set_adapter("two")
+    torch.testing.assert_close(model(**inputs).logits, expected["two"])  # no hook is left
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(8, 3)
+
+    def forward(self, x, gate):
+        return self.dense(x) * gate
+
+
+class WithGatedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), Gated()
+
+    def forward(self, x):
+        return self.head(self.body(x), x[:, :1])
+
+
+def test_a_trained_module_that_gets_several_tensors_is_not_mixed():
+    config = MaskConfig(target_modules=["body"], modules_to_save=["head"], candidates=None)
+    model = get_peft_model(WithGatedHead(), config, "one").eval()
+    with pytest.raises(TypeError, match=r"cannot mix adapters in a Gated .* Call the model with one adapter at a time"):
+        model(torch.randn(2, 6), adapter_names=["one", "one"])
 
 
 def test_a_layer_that_an_adapter_does_not_mask_is_the_bare_one_for_it():

@@ -18,6 +18,8 @@ LABELS = {"two": 2, "three": 3, "seven": 7}
 WIDEST = 7
 KINDS = {
     "linear": ("bert", "seq_cls"),
+    "dense and out_proj": ("roberta", "seq_cls"),
+    "norm": ("modernbert", "token_cls"),
     "two modules": ("distilbert", "seq_cls"),
     "no bias": ("llama", "seq_cls"),
     "tokens": ("bert", "token_cls"),
@@ -250,6 +252,17 @@ def test_a_layer_of_the_head_that_is_not_for_labels_must_be_whole(tmp_path):
     message = r"cannot load 'pre_classifier.\w+': expected the shape \(32.*\), the file has \(2"
     with pytest.raises(AdapterRefusedError, match=message):
         AdapterCache(served(tmp_path, "two modules"), tmp_path).pin("three")
+
+
+def test_as_many_labels_as_the_head_is_wide_are_those_of_its_last_layer(tmp_path):
+    kind, width = "dense and out_proj", 32
+    fleet.save(tmp_path, ["wide"], 0, base(kind, width))
+    fleet.save(tmp_path, ["three"], 1, base(kind, 3))
+    cache = AdapterCache(model := fleet.served_model(tmp_path, "wide", base(kind, width)), tmp_path)
+    with cache.lease(["three", "wide"]) as rows:
+        logits = answer(model, rows)
+    assert [own.num_labels for own in rows.adapters] == [3, width]
+    torch.testing.assert_close(logits[0, :3], fleet.alone(tmp_path, "three", base(kind, 3))[0])
 
 
 def test_a_head_of_more_labels_is_refused_by_a_model_of_fewer(shelf):
