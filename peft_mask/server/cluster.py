@@ -8,14 +8,15 @@ evicts what others compute with.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -61,22 +62,18 @@ class Replicas:
     """A `Backend` of replicas. What was in flight on one that dies is asked of another: questions change nothing.
 
     Args:
-        handle: of the deployment.
-        affinity: whether an adapter's questions go to the same replica.
+        handles: of one deployment whose replicas answer for all adapters, or of several that share them out.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], affinity: bool = False) -> None:
-        self._handle = handle
-        self._affinity = affinity
+    def __init__(self, handles: Sequence[DeploymentHandle[Any]]) -> None:
+        self._handles = handles
 
     async def answers(self, questions: Sequence[Question], options: Mapping[str, Any]) -> list[Outcome]:
-        if not self._affinity:
-            return await self._ask(questions, options, None)
-        places: dict[str, list[int]] = defaultdict(list)
+        places: dict[int, list[int]] = defaultdict(list)
         for place, (name, _) in enumerate(questions):
-            places[name].append(place)
+            places[self._order(name)[0]].append(place)
         parts = await asyncio.gather(
-            *(self._ask([questions[place] for place in own], options, name) for name, own in places.items())
+            *(self._ask([questions[place] for place in own], options) for own in places.values())
         )
         found: dict[int, Outcome] = {}
         for own, part in zip(places.values(), parts, strict=True):
@@ -84,32 +81,39 @@ class Replicas:
         return [found[place] for place in range(len(questions))]
 
     async def adapters(self) -> list[str]:
-        return await self._tried(lambda: self._handle.adapters.remote())
+        return await self._tried([*range(len(self._handles))], lambda handle: handle.adapters.remote())
 
     async def refresh(self, name: str) -> list[Outcome]:
         return [
             {"error": as_data(each)} if isinstance(each, Exception) else each[0]
-            for each in await self._handle.broadcast("refresh", name).results_async(return_exceptions=True)
+            for each in await self._everywhere("refresh", name)
             if not isinstance(each, _LOST)  # what comes in its place reads the new version
         ]
 
     async def figures(self) -> list[dict[str, float]]:
-        found = await self._handle.broadcast("figures").results_async(return_exceptions=True)
-        return [each[0] for each in found if not isinstance(each, Exception)]
+        return [each[0] for each in await self._everywhere("figures") if not isinstance(each, Exception)]
 
     async def check(self) -> None:
-        await self._tried(lambda: self._handle.check_health.remote())
+        for number in range(len(self._handles)):
+            await self._tried([number], lambda handle: handle.check_health.remote())
 
-    async def _ask(self, questions: Sequence[Question], options: Mapping[str, Any], name: str | None) -> list[Outcome]:
-        handle = self._handle if name is None else self._handle.options(session_id=name)
-        return await self._tried(lambda: handle.answers.remote(list(questions), dict(options)))
+    def _order(self, name: str) -> list[int]:
+        """Return which handles to ask for an adapter, the first one first: as everybody else would, without a table."""
 
-    @staticmethod
-    async def _tried(ask: Any) -> Any:
-        for pause in _PAUSES:
+        def weight(number: int) -> bytes:
+            return hashlib.blake2b(f"{number}/{name}".encode(), digest_size=8).digest()
+
+        return sorted(range(len(self._handles)), key=weight)
+
+    async def _ask(self, questions: Sequence[Question], options: Mapping[str, Any]) -> list[Outcome]:
+        order = self._order(questions[0][0])
+        return await self._tried(order, lambda handle: handle.answers.remote(list(questions), dict(options)))
+
+    async def _tried(self, order: Sequence[int], ask: Callable[[DeploymentHandle[Any]], Awaitable[Any]]) -> Any:
+        for number, pause in zip(cycle(order), _PAUSES):
             await asyncio.sleep(pause)
             try:
-                return await ask()
+                return await ask(self._handles[number])
             except BackPressureError:
                 raise OverloadedError("all replicas have as many requests as they may have: ask again later.") from None
             except _LOST as error:
@@ -117,30 +121,40 @@ class Replicas:
         why = type(last).__name__
         raise LostReplicaError(f"{len(_PAUSES)} replicas died or were not there ({why}): ask again later.")
 
+    async def _everywhere(self, method: str, *args: Any) -> list[Any]:
+        found = []
+        for handle in self._handles:
+            try:
+                found += await handle.broadcast(method, *args).results_async(return_exceptions=True)
+            except _LOST as error:
+                found.append(error)
+        return found
+
 
 @serve.ingress()
 class Ingress:
     """HTTP in front of the replicas.
 
     Args:
-        handle: of the replicas.
+        handles: of the replicas.
         settings: the server's.
         token: what requests have to say; None for nothing.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], settings: ServerSettings, token: str | None) -> None:
-        self._handle, self._settings, self._token = handle, settings, token
+    def __init__(self, handles: Sequence[DeploymentHandle[Any]], settings: ServerSettings, token: str | None) -> None:
+        self._handles, self._settings, self._token = handles, settings, token
 
     def __serve_build_asgi_app__(self) -> Any:
-        backend = Replicas(self._handle, self._settings.affinity)
-        return create_app(backend, task_of(self._settings), Limits.of(self._settings), self._token)
+        return create_app(Replicas(self._handles), task_of(self._settings), Limits.of(self._settings), self._token)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Return the application for Ray: a builder for `serve run`, `serve build` and configurations.
 
     Deployments are `Replica` and `Ingress`; how many of each there are, on what machines and with how many cores and
-    GPUs, is Ray's own configuration, and has the last word over `replicas`.
+    GPUs, is Ray's own configuration, and has the last word over `replicas`. With `affinity` there are deployments
+    `Replica-0`, `Replica-1` and so on in the place of one. (Ray's `ConsistentHashRouter`, experimental in 2.60, left
+    requests without an answer where several came at once.)
 
     Args:
         args: `ServerSettings` by name.
@@ -149,17 +163,17 @@ def build(args: dict[str, Any]) -> serve.Application:
         ValueError: a setting is wrong.
     """
     settings = settings_of(args)
-    router: dict[str, Any] = {}
-    if settings.affinity:
-        path = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-        router["request_router_config"] = RequestRouterConfig(request_router_class=path)
-    replica = serve.deployment(Replica).options(
-        num_replicas=settings.replicas,
-        max_ongoing_requests=settings.max_waiting,
-        max_queued_requests=settings.max_waiting,
-        health_check_period_s=5,
-        health_check_timeout_s=max(30, 2 * settings.timeout),
-        **router,
-    )
+    names = [f"Replica-{number}" for number in range(settings.replicas)] if settings.affinity else ["Replica"]
+    replicas = [
+        serve.deployment(Replica).options(
+            name=name,
+            num_replicas=settings.replicas // len(names),
+            max_ongoing_requests=settings.max_waiting,
+            max_queued_requests=settings.max_waiting,
+            health_check_period_s=5,
+            health_check_timeout_s=max(30, 2 * settings.timeout),
+        )
+        for name in names
+    ]
     ingress = serve.deployment(Ingress).options(max_ongoing_requests=settings.max_waiting * settings.replicas)
-    return ingress.bind(replica.bind(settings), settings, os.environ.get(TOKEN))
+    return ingress.bind([each.bind(settings) for each in replicas], settings, os.environ.get(TOKEN))

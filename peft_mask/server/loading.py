@@ -58,7 +58,7 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     if not found:
         raise ValueError(f"no adapter in '{settings.adapters}' is for the task {task.task_type}.")
     pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
-    pattern.inference_mode = True
+    pattern.inference_mode, pattern.base_model_name_or_path = True, None  # it may have another name here
     try:
         with _quietly():
             base = _load_base(settings, task, [shapes for _, shapes in found])

@@ -75,7 +75,7 @@ def test_a_damaged_adapter_does_not_keep_the_server_from_starting(place):
 
 
 def test_a_folder_without_masks_is_refused_with_the_reason_of_each(place, tmp_path):
-    with pytest.raises(ValueError, match="there is no folder '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"there is no folder '.*nowhere'"):
         load_batcher(place.settings(adapters=str(tmp_path / "nowhere")))
     other = tmp_path / "others"
     get_peft_model(place.load(2), LoraConfig(task_type="SEQ_CLS")).save_pretrained(other / "lora")
@@ -84,7 +84,7 @@ def test_a_folder_without_masks_is_refused_with_the_reason_of_each(place, tmp_pa
 
 
 def test_a_base_that_is_not_there_is_named(place, tmp_path):
-    with pytest.raises(ValueError, match="the base '.*nowhere' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the base '.*nowhere' cannot be loaded"):
         load_batcher(place.settings(base=str(tmp_path / "nowhere")))
 
 
