@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow peft-suite attacks audit lint format bench reports gpu clean
+.PHONY: help demo serve test test-slow peft-suite attacks audit lint format bench reports gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-tuning, switch between them
 	$(RUN) -m examples.demo
+
+serve: $(READY) ## learn two tasks, then answer for both at http://127.0.0.1:8000/, with a page for the browser
+	$(RUN) -m examples.serve
 
 test: $(READY) ## every test but the slow ones
 	$(RUN) -m pytest -m "not slow" -n logical --maxprocesses 8
