@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +49,7 @@ class FakeBackend:
 
     def _outcome(self, name: str, item: object) -> Outcome:
         answer = self._answers[name]
-        answer = answer(item) if isinstance(answer, Callable) else answer
+        answer = answer(item) if callable(answer) else answer
         return {"error": as_data(answer)} if isinstance(answer, Exception) else {"output": answer}
 
 
@@ -62,9 +62,10 @@ def serving(app: FastAPI) -> Iterator[str]:
     try:
         end = time.monotonic() + PATIENCE
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < end, "the server did not start"
+            assert thread.is_alive(), "the server ended before it had started"
+            assert time.monotonic() < end, f"the server has not started in {PATIENCE} seconds"
             time.sleep(0.01)
-        yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
