@@ -291,23 +291,23 @@ def test_tasks_are_found_and_chosen_and_asked_from_the_keyboard(key):
         answers,
         """
         await until(() => !$("question").hidden);
-        $("text").value = "Hello";
         $("none").click();
         $("filter").value = " NEWS";
         $("filter").dispatchEvent(new Event("input"));
         $("all").click();
         $("tasks").querySelector("[value=news-3]").click();
         const press = (id, held) =>
-          $(id).dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true, ...held}));
-        press("filter", {});
-        press("text", {});
+          $(id).dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true, ...held}));
+        $("text").value = `goes on: ${press("filter", {})}, ${press("text", {})}`;
         press("text", {KEY: true});
         """.replace("KEY", key),
     )
-    assert [[name for name, _ in questions] for questions, _ in requests] == [["news-0", "news-1", "news-2", "news-4"]]
+    text = "goes on: false, true"  # Enter asks nothing: in the filter it does nothing, in the text it makes a line
+    names = ["news-0", "news-1", "news-2", "news-4"]
+    assert requests == [([(name, text) for name in names], {"top_k": 3})]
     assert page.one(id="chosen").text == "4 of 10 chosen"
     link = page.one(id="link").attributes["href"]
-    assert link == "?text=Hello&model=news-0&model=news-1&model=news-2&model=news-4"
+    assert link == "?" + urlencode([("text", text), *(("model", name) for name in names)])
 
 
 @browses
