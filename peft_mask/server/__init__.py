@@ -2,10 +2,11 @@
 
     python -m peft_mask.server --base BASE --adapters FOLDER
 
-`Batcher` and the tasks need nothing beyond the package, `create_app` needs FastAPI, and `peft_mask.server.cluster` Ray
-Serve: `pip install peft-mask[serve]`.
+`Batcher` and the tasks need nothing beyond the package, `create_app` needs FastAPI, and `build`, which makes the
+application for several replicas, Ray Serve: `pip install peft-mask[serve]`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from peft_mask.server.batcher import Batcher
@@ -17,7 +18,10 @@ from peft_mask.server.statistics import Statistics
 from peft_mask.server.tasks import Classification, Embeddings, Generation, Tagging
 
 if TYPE_CHECKING:
+    from peft_mask.server.cluster import build
     from peft_mask.server.http import Limits, create_app
+
+_LAZY = {"Limits": "http", "create_app": "http", "build": "cluster"}  # FastAPI and Ray are for those who ask for them
 
 __all__ = [
     "Batcher",
@@ -31,14 +35,13 @@ __all__ = [
     "Service",
     "Statistics",
     "Tagging",
+    "build",
     "create_app",
     "load_batcher",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Limits", "create_app"):
-        from peft_mask.server import http  # FastAPI is for those who ask for it
-
-        return getattr(http, name)
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

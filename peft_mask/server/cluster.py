@@ -1,4 +1,4 @@
-"""The same server over many processes and machines, on Ray Serve (2.60): `serve run peft_mask.server.cluster:build`.
+"""The same server over many processes and machines, on Ray Serve (2.60): `serve run peft_mask.server:build`.
 
 Every replica can hold all adapters, so that any of them answers for any, and batches are mixed. An adapter is an
 argument of the call and not Ray's multiplexed model id: `@serve.batch` splits batches by that, and Ray's own cache

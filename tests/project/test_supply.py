@@ -46,7 +46,8 @@ def wheel(folder, epoch="1600000000"):
 
 @builds
 def test_the_wheel_holds_the_package_and_its_metadata(tmp_path):
-    ours = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.typed", "*.html") for path in (ROOT / "peft_mask").rglob(kind)}
+    kinds = ("*.py", "*.html", "*.typed")
+    ours = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "peft_mask").rglob(kind)}
     info = f"peft_mask-{peft_mask.__version__}.dist-info"
     metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     file = wheel(tmp_path)
