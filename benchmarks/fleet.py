@@ -1,6 +1,6 @@
 """Hundreds of adapters under Zipf traffic: `AdapterCache` against a switch for each task, and LoRA in the same bytes.
 
-python -m benchmarks.fleet [--adapters 200 1000] [--batches 24] [--rows 16] [--tokens 16] [--dtype float32]
+python -m benchmarks.fleet [--adapters 200 1000] [--batches 16] [--rows 16] [--tokens 16] [--dtype float32]
 python -m benchmarks.fleet --device cuda
 """
 
@@ -11,9 +11,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.harness import Times, in_turn, report, table
+from benchmarks.loaded import OWN, Counts, Loaded, adapter_bytes, add_copies
 from benchmarks.mixed import with_tensors_of
 from benchmarks.residency import SHAPES, TENSORS, base_model, make_fleet, slot_bytes
 from peft_mask import AdapterCache
@@ -30,7 +30,6 @@ EXPONENT, SEED = 1.0, 0
 SLOTS = 64
 SMALL = 1 / 3  # of the bytes of all adapters: the cache that is smaller than what it serves
 MOST_LOADED = 2e9  # bytes of LoRA adapters that are kept all at once
-OWN = "own"  # the adapter that a model is made with, and that no traffic names
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,6 @@ def traffic(names: Sequence[str], batches: int, rows: int, tokens: int, device: 
     drawn = [torch.multinomial(popularity, rows, replacement=True, generator=generator) for _ in range(batches)]
     ids = [torch.randint(3, 1000, (rows, tokens), generator=generator).to(device) for _ in range(batches)]
     return [Batch([names[number] for number in own.tolist()], each) for own, each in zip(drawn, ids, strict=True)]
-
-
-@dataclass
-class Counts:
-    """Adapters asked for that could be computed with at once, that could not, and that were read from disk."""
-
-    hits: int = 0
-    misses: int = 0
-    reads: int = 0
 
 
 @dataclass
@@ -103,38 +93,6 @@ def cached(model: PeftModel, folder: Path, names: Sequence[str], max_bytes: int)
     return Way(serve, counts, held, cache.close)
 
 
-@dataclass
-class Loaded:
-    """Adapters that PEFT has loaded; the least recently used is deleted for one that is not there."""
-
-    model: PeftModel
-    folder_of: Callable[[str], Path]
-    capacity: int
-    counts: Counts = field(default_factory=Counts)
-    names: OrderedDict[str, None] = field(default_factory=OrderedDict)
-
-    def bring(self, wanted: Sequence[str]) -> None:
-        for name in dict.fromkeys(wanted):
-            if name in self.names:
-                self.counts.hits += 1
-            else:
-                self.counts.misses += 1
-                self.counts.reads += 1
-                if len(self.names) >= self.capacity:
-                    oldest = next(own for own in self.names if own not in wanted)
-                    self.model.delete_adapter(oldest)
-                    del self.names[oldest]
-                self.model.load_adapter(str(self.folder_of(name)), name)
-                self.names[name] = None
-            self.names.move_to_end(name)
-
-
-def adapter_bytes(model: PeftModel) -> int:
-    """What the tensors take of the adapter that a model was made with."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if OWN in name.split(".")}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
 def loading(
     model: PeftModel,
     folder_of: Callable[[str], Path],
@@ -142,12 +100,18 @@ def loading(
     budget: float,
     rows: int,
     serve: Callable[[PeftModel, Batch], Tensor],
+    copies: bool = False,
 ) -> Way:
     """Adapters that PEFT keeps loaded, as many as fit into a budget of bytes; the most popular ones at the start."""
     size = adapter_bytes(model)
     loaded = Loaded(model, folder_of, min(len(names), max(int(budget // size), rows)))
-    for name in reversed(names[: loaded.capacity]):
-        loaded.bring([name])
+    first = list(reversed(names[: loaded.capacity]))
+    if copies:
+        add_copies(model, first)
+        loaded.names.update(dict.fromkeys(first))
+    else:
+        for name in first:
+            loaded.bring([name])
 
     def run(batch: Batch) -> Tensor:
         loaded.bring(batch.names)
@@ -212,9 +176,9 @@ def ways(
     found["switch for each task, masks in the same bytes"] = loading(
         own, lambda name: folder / name, names, budget, rows, switching
     )
-    found["LoRA r=8 mixed, in the same bytes"] = loading(low, loras, names, budget, rows, mixing)
+    found["LoRA r=8 mixed, in the same bytes"] = loading(low, loras, names, budget, rows, mixing, copies=True)
     if budget < len(names) * sizes["LoRA r=8"] <= MOST_LOADED:
-        found["LoRA r=8 mixed, all loaded"] = loading(lora(), loras, names, MOST_LOADED, rows, mixing)
+        found["LoRA r=8 mixed, all loaded"] = loading(lora(), loras, names, MOST_LOADED, rows, mixing, copies=True)
     return found, sizes
 
 
@@ -243,7 +207,7 @@ def measure(found: dict[str, Way], batches: Sequence[Batch], device: str) -> dic
 
 def figures_of(way: Way, times: Times, base: Times, before: Counts, rows: int) -> dict[str, Any]:
     now = way.counts()
-    seconds = sorted(times.seconds)
+    seconds = times.seconds
     adapters, held = way.held()
     return {
         "adapters in memory": adapters,
@@ -251,7 +215,7 @@ def figures_of(way: Way, times: Times, base: Times, before: Counts, rows: int) -
         **{key: value - getattr(before, key) for key, value in vars(now).items()},
         "rows a second": rows / sum(seconds),
         "p50": statistics.median(seconds),
-        "p95": seconds[min(int(0.95 * len(seconds)), len(seconds) - 1)],
+        "p95": statistics.quantiles(seconds, n=20, method="inclusive")[-1],
         "of the base": times.ratio(base),
         "seconds": times.seconds,
     }
@@ -281,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", nargs="+", type=int, default=[200, 1000])
     parser.add_argument("--masks", type=int, default=8, help="how many of them have masks of their own")
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="BERT-base")

@@ -14,6 +14,7 @@ import torch
 from benchmarks import codec, fleet, large, llama, memory, mixed, residency, rules, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
+from benchmarks.loaded import Counts, Loaded
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
 from tests.versions import RUNS_ON_META
@@ -360,17 +361,17 @@ def test_adapters_that_peft_loads_make_way_for_others_the_least_recently_used_fi
     calls = []
 
     class Model:
-        def load_adapter(self, folder, name):
+        def load_adapter(self, folder, name, **_):
             calls.append(f"+{name}")
 
         def delete_adapter(self, name):
             calls.append(f"-{name}")
 
-    loaded = fleet.Loaded(Model(), Path, 2)
+    loaded = Loaded(Model(), Path, 2)
     for wanted in (["a"], ["b"], ["a"], ["c", "c"], ["a"], ["b"]):
         loaded.bring(wanted)
     assert calls == ["+a", "+b", "-b", "+c", "-c", "+b"]
-    assert loaded.counts == fleet.Counts(hits=2, misses=4, reads=4)
+    assert loaded.counts == Counts(hits=2, misses=4, reads=4)
 
 
 def test_the_kth_adapter_is_asked_for_in_proportion_to_one_over_k():
