@@ -268,6 +268,8 @@ class AdapterCache:
                 self._check_open()  # it may have been closed while this one waited
                 try:
                     with self._rooms.asking():
+                        with self._lock:  # those that are here first: else they might make way for the others
+                            wanted.sort(key=lambda name: self._resident.get(name) is None)
                         for name in wanted:
                             self._hold(name, flights[name][0] if name in flights else None, held, deadline)
                         for version in held:

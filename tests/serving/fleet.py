@@ -36,6 +36,11 @@ def save(folder, names, seed=0, bare=None, **fields):
         model.save_pretrained(folder / name)
 
 
+def largest(folder):
+    """How many bytes the largest file of these adapters has."""
+    return max((folder / name / "adapter_model.safetensors").stat().st_size for name in NAMES)
+
+
 def served_model(folder, name=NAMES[0], bare=None):
     return PeftModel.from_pretrained(bare or base(), folder / name, adapter_name="own").eval()
 

@@ -1,6 +1,5 @@
 """Hundreds of adapters of one base: each row is its adapter's, whoever comes and goes."""
 
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from peft_mask import AdapterCache, MaskLayer, NoRoomError
-from peft_mask.serving import cache as cache_module
 from tests.serving.fleet import (
     IDS,
     NAMES,
@@ -18,17 +16,13 @@ from tests.serving.fleet import (
     ask,
     check_rows,
     in_threads,
+    largest,
     save,
     served_model,
     set_when_waited_for,
-    tensors_alive,
     trace,
     without_head,
 )
-
-
-def largest(folder):
-    return max((folder / name / "adapter_model.safetensors").stat().st_size for name in NAMES)
 
 
 def test_rows_of_mixed_traffic_are_those_of_their_adapters(folder, model, expected):
@@ -47,37 +41,6 @@ def test_rows_of_no_adapter_are_the_bases(folder, model, expected):
     with cache.lease(["__base__"]) as rows:
         assert rows == ["__base__"]
     assert cache.stats().adapters == 2
-
-
-def test_a_cache_smaller_than_the_working_set_gives_no_wrong_row(folder, model, expected, monkeypatch):
-    limit = 3 * largest(folder)
-    cache = AdapterCache(model, folder, max_bytes=limit, slots=2)
-    held, most = [], []
-    read = cache_module.read_adapter
-
-    def counted(*args):
-        held.append(True)
-        found = read(*args)
-        most.append(cache.stats().bytes + len(held) * largest(folder))  # with all that is being read
-        held.pop()
-        return found
-
-    monkeypatch.setattr(cache_module, "read_adapter", counted)
-
-    def client(seed):
-        draw = random.Random(seed)
-        for _ in range(12):
-            names = draw.choices(NAMES, k=1) * 2 + draw.choices(NAMES, k=1)
-            ask(cache, model, names, expected)
-            most.append(cache.stats().bytes)
-
-    in_threads(*[lambda seed=seed: client(seed) for seed in range(6)])
-    stats = cache.stats()
-    assert max(most) <= limit + largest(folder)
-    assert stats.bytes <= limit
-    assert stats.loads > len(NAMES)  # it was smaller
-    assert stats.evictions == stats.loads - stats.adapters
-    assert (stats.leases, stats.slots, stats.adapters) == (0, 2, 3)
 
 
 def test_what_is_leased_is_not_evicted_while_others_need_its_room(folder, model, expected):
@@ -201,41 +164,6 @@ def test_fifty_threads_that_ask_for_one_adapter_load_it_once(folder, model, expe
     assert calls == [NAMES[3]]
     stats = cache.stats()
     assert (stats.loads, stats.fills, stats.misses, stats.adapters) == (1, 1, 50, 1)
-
-
-def test_pinned_adapters_stay(folder, model, expected):
-    cache = AdapterCache(model, folder, slots=2, max_bytes=2 * largest(folder))
-    cache.pin(NAMES[0])
-    for name in NAMES[1:]:  # the pinned one is the least recently used all the time
-        ask(cache, model, [name], expected)
-    hits = cache.stats().hits
-    ask(cache, model, [NAMES[0]], expected)
-    assert (cache.stats().loads, cache.stats().hits) == (len(NAMES), hits + 1)
-    with pytest.raises(ValueError, match=f"cannot evict '{NAMES[0]}': it is pinned: call unpin first"):
-        cache.evict(NAMES[0])
-    cache.unpin(NAMES[0])
-    assert cache.evict(NAMES[0])
-    assert not cache.evict(NAMES[0])
-    cache.pin(NAMES[0])
-    cache.pin(NAMES[1])
-    with pytest.raises(ValueError, match="cannot be had with 2 slots"):
-        cache.pin(NAMES[2])
-
-
-def test_memory_and_modules_are_the_same_after_many_loads_and_evictions(folder, model, expected):
-    cache = AdapterCache(model, folder, max_bytes=2 * largest(folder), slots=2)
-
-    def once_round():
-        for name in NAMES:
-            ask(cache, model, [name], expected)
-
-    once_round()
-    before, alive = (len(list(model.modules())), trace(model)["modules"]), tensors_alive()
-    while cache.stats().evictions < 200:
-        once_round()
-    assert (len(list(model.modules())), trace(model)["modules"]) == before
-    assert all(now <= then for now, then in zip(tensors_alive(), alive, strict=True))  # others' may have gone meanwhile
-    assert cache.stats().loads > 200
 
 
 def test_a_closed_cache_leaves_nothing_in_the_model(folder, model, expected, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections import Counter
 from importlib.metadata import version
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, large, llama, memory, mixed, residency, rules, step, switch
+from benchmarks import codec, fleet, large, llama, memory, mixed, residency, rules, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
+from benchmarks.loaded import Counts, Loaded
 from peft_mask.layers.mask_layer import MaskLayer
 from tests.tiny_models import tiny_inputs, tiny_model
 from tests.versions import RUNS_ON_META
@@ -326,6 +328,60 @@ def test_adapters_in_memory_are_measured(tmp_path, monkeypatch):
     assert figures["adapters"] == 6
     assert 0 < figures["slot bytes"] < figures["weights"]
     assert "miss from memory" in (tmp_path / "residency-float32.md").read_text()
+
+
+def test_ways_to_serve_a_fleet_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setitem(fleet.SHAPES, "MiniLM-L6", TINY)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(fleet, "SLOTS", 4)
+    sizes = ["--adapters", "4", "9", "--masks", "3", "--batches", "3", "--rows", "3", "--tokens", "4"]
+    with warnings.catch_warnings():
+        fleet.main([*sizes, "--shape", "MiniLM-L6", "--results", str(tmp_path)])
+    figures = json.loads((tmp_path / "fleet.json").read_text())["figures"]
+    assert figures.keys() == {"4", "9"}
+    ways = figures["9"]["ways"]
+    full, third = (ways[name] for name in ways if name.startswith("AdapterCache"))
+    assert (full["adapters in memory"], full["reads"]) == (9, 0)
+    assert third["adapters in memory"] < 9
+    assert full["misses"] > 0  # of nine in four slots
+    for name, way in ways.items():
+        assert len(way["seconds"]) == 3
+        if name != "base alone":
+            assert way["hits"] + way["misses"] == full["hits"] + full["misses"]
+    assert {name.partition(",")[0] for name in ways} == {
+        "base alone",
+        "AdapterCache",
+        "switch for each task",
+        "LoRA r=8 mixed",
+    }
+    assert "| LoRA r=8 mixed, in the same bytes |" in (tmp_path / "fleet.md").read_text()
+
+
+def test_adapters_that_peft_loads_make_way_for_others_the_least_recently_used_first():
+    calls = []
+
+    class Model:
+        def load_adapter(self, folder, name, **_):
+            calls.append(f"+{name}")
+
+        def delete_adapter(self, name):
+            calls.append(f"-{name}")
+
+    loaded = Loaded(Model(), Path, 2)
+    for wanted in (["a"], ["b"], ["a"], ["c", "c"], ["a"], ["b"]):
+        loaded.bring(wanted)
+    assert calls == ["+a", "+b", "-b", "+c", "-c", "+b"]
+    assert loaded.counts == Counts(hits=2, misses=4, reads=4)
+
+
+def test_the_kth_adapter_is_asked_for_in_proportion_to_one_over_k():
+    names = [f"n{number}" for number in range(20)]
+    batches = fleet.traffic(names, 200, 50, 2, "cpu")
+    asked = Counter(name for batch in batches for name in batch.names)
+    shares = [asked[name] / 10_000 for name in names]
+    total = sum(1 / k for k in range(1, 21))
+    assert all(abs(share - 1 / k / total) < 0.02 for k, share in enumerate(shares, 1))
+    assert fleet.traffic(names, 2, 5, 2, "cpu")[1].names == fleet.traffic(names, 2, 5, 2, "cpu")[1].names
 
 
 def test_the_ways_to_compute_a_mixed_batch_that_are_compared_differ_from_the_base():
