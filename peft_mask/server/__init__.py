@@ -6,7 +6,6 @@
 application for several replicas, Ray Serve: `pip install peft-mask[serve]`.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from peft_mask.server.batcher import Batcher
@@ -20,8 +19,6 @@ from peft_mask.server.tasks import Classification, Embeddings, Generation, Taggi
 if TYPE_CHECKING:
     from peft_mask.server.cluster import build
     from peft_mask.server.http import Limits, create_app
-
-_LAZY = {"Limits": "http", "create_app": "http", "build": "cluster"}  # FastAPI and Ray are for those who ask for them
 
 __all__ = [
     "Batcher",
@@ -41,7 +38,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+def __getattr__(name: str) -> Any:  # FastAPI and Ray are for those who ask for them
+    if name == "build":
+        from peft_mask.server.cluster import build
+
+        return build
+    if name in ("Limits", "create_app"):
+        from peft_mask.server import http
+
+        return getattr(http, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
