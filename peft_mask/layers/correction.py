@@ -150,7 +150,8 @@ def use_triton(active: bool = True) -> None:
 
     It is one launch for all adapters, where PyTorch's embedding bags are several for each. By default bags compute: the
     kernel was compiled for GPUs and run by Triton's interpreter, and never on a GPU. Its results are those of the bags
-    to rounding, in float16, bfloat16, float32 and float64. Gradients are not computed by it.
+    to rounding, in float16, bfloat16, float32 and float64. Bags compute all the same what a CUDA graph captures, and
+    gradients have a way of their own.
 
     Args:
         active: whether it is to be used. Holds for the process, for calls from now on; other devices know no kernel.
@@ -204,6 +205,8 @@ def _correction(
 
 
 def _as_asked_for(x: Tensor, sizes: Sequence[int], *lists: Sequence[Tensor]) -> Tensor:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return _correction(x, sizes, *lists)  # a replay would read anew what a kernel was sent from the host
     return _asked_for.get(x.device.type, _correction)(x, sizes, *lists)
 
 

@@ -65,12 +65,12 @@ def correction(
     several = min(triton.next_power_of_2(max(1, *sizes)), _MOST)
     addresses = [tuple(map(Tensor.data_ptr, own)) for own in zip(pointers, columns, values, places, strict=True)]
     table = _table(len(x), sizes, addresses, several)
-    on_device = torch.tensor(table, dtype=torch.int64, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+    sent = torch.tensor(table, dtype=torch.int64, device="cpu", pin_memory=x.is_cuda).to(x.device, non_blocking=True)
     if several > 1:
         x = x.t().contiguous().t()
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _kernel[(len(table) * triton.cdiv(outputs, _OUTPUTS),)](
-            y, x, on_device, outputs, *x.stride(), several, _OUTPUTS, _ZEROS, x.dtype == torch.float64
+            y, x, sent, outputs, *x.stride(), several, _OUTPUTS, _ZEROS, x.dtype == torch.float64
         )
     return y
 
