@@ -231,6 +231,9 @@ def test_a_layer_corrects_few_tokens_by_it_and_patches_for_many(mode, launches, 
 
 
 COMPILED = """
+import subprocess
+import tempfile
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -238,16 +241,23 @@ from peft_mask.layers.correction_triton import _OUTPUTS, _ZEROS, _kernel
 
 for architecture in (80, 90):
     for dtype in ("fp16", "bf16", "fp32", "fp64"):
-        for tokens in (1, 2, 4, 8, 16):
+        for tokens in (1, 4, 16):
             types = {"y": f"*{dtype}", "x": f"*{dtype}", "table": "*i64", "outputs": "i32", "to_token": "i32"}
             types |= {"to_column": "i32"}
             fixed = {"TOKENS": tokens, "OUTPUTS": _OUTPUTS, "ZEROS": _ZEROS, "DOUBLE": dtype == "fp64"}
             if tokens > 1:  # transposed: those of a column stand together
                 fixed["to_token"] = 1
             source = ASTSource(_kernel, types | dict.fromkeys(fixed, "constexpr"), fixed)
-            code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
-            assert dtype != "bf16" or architecture < 90 or "cvt.rn.bf16" in code, "rounded, not cut off"
-            print(architecture, dtype, tokens)
+            code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm
+            assert dtype != "bf16" or "cvt.rn.bf16" in code["ptx"], "rounded, not cut off"
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(code["cubin"])
+                file.flush()
+                dump = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+                used = subprocess.run(dump, capture_output=True, text=True, check=True).stdout.split()
+            registers, *spilled = (word for word in used if word.startswith(("REG:", "STACK:", "LOCAL:")))
+            assert spilled == ["STACK:0", "LOCAL:0"]
+            print(architecture, dtype, tokens, registers)
 """
 
 
@@ -262,4 +272,4 @@ def test_it_compiles_for_gpus(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 2 * 4 * 5
+    assert len(run.stdout.splitlines()) == 2 * 4 * 3

@@ -87,8 +87,6 @@ def test_python_blocks_run_top_to_bottom(path, tmp_path, monkeypatch):
         pytest.skip("this transformers does less, or warns")
     if path.name == "training.md" and not RUNS_ON_META:
         pytest.skip("this transformers' Llama does not run without weights")
-    if name == "peft_mask.layers.correction_triton":  # has no examples
-        pytest.importorskip("triton", reason="triton is not installed, and imported by who asks for it alone")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in _select("python"):
