@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft_mask
 from peft_mask.layers import correction, serving
 from peft_mask.layers.correction import Zeros, correct, correct_reference, zeros_of
 from tests.served_models import served
@@ -211,6 +212,23 @@ def test_the_operator_is_what_pytorch_asks_of_one(requires_grad):
     x = torch.randn(4, WIDTH, requires_grad=requires_grad)
     lists = [[getattr(own, field) for own in zeros] for field in FIELDS]
     torch.library.opcheck(torch.ops.peft_mask.correction.default, (x, [1, 2], *lists))
+
+
+def test_it_is_used_on_cuda_from_when_it_is_asked_for_until_it_is_not():
+    assert "cuda" not in correction._asked_for
+    peft_mask.use_triton()
+    assert correction._asked_for == {"cuda": correction_triton.correction}
+    peft_mask.use_triton(False)
+    assert correction._asked_for == {}
+
+
+@pytest.mark.usefixtures("asked_for")
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 0], [2, 1]])
+def test_it_computes_whatever_the_sizes(sizes, launches):
+    zeros, _ = uneven_zeros(2)
+    x = torch.randn(sum(sizes), WIDTH)
+    torch.testing.assert_close(correct(x, sizes, zeros), correct_reference(x, sizes, zeros), rtol=1e-5, atol=1e-5)
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
