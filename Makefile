@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-slow peft-suite attacks audit lint format bench reports gpu clean
+.PHONY: help demo serve test test-slow triton peft-suite attacks audit lint format bench reports gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -39,6 +39,13 @@ test: $(READY) ## every test but the slow ones
 
 test-slow: $(READY) ## the slow tests
 	$(RUN) -m pytest -m slow || [ $$? -eq 5 ] # 5: no slow test was collected
+
+# beside the environment, not in it: 700 MB that one test needs, and that bitsandbytes and torch would find
+$(VENV)/triton: $(READY)
+	@$(PIP) --target $@ triton
+
+triton: $(VENV)/triton ## the Triton kernel, by its interpreter and compiled for GPUs; needs none
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(RUN) -m pytest tests/layers/test_correction_triton.py
 
 peft-suite: $(READY) ## PEFT's own tests, with masks in the place of its methods
 	$(RUN) tests/peft_suite.py

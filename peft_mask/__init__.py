@@ -40,6 +40,7 @@ __all__ = [
     "spend_budget",
     "training_memory",
     "update_model_card",
+    "use_triton",
 ]
 
 try:
@@ -59,6 +60,7 @@ except ImportError as error:
                 "without."
             ) from _reason
 else:
+    from peft_mask.layers.correction import use_triton
     from peft_mask.layers.mask_layer import MaskLayer
     from peft_mask.model.hotswap import hotswap_adapter
     from peft_mask.model.mask_model import MaskModel

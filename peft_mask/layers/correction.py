@@ -131,7 +131,8 @@ def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
 
     Source: the sum over an output's weights is what an embedding bag does with the rows of a table.
     """
-    if max(sizes) == 1 and len(x) == sum(sizes) == len(sizes) and not (torch.is_grad_enabled() and x.requires_grad):
+    alone = max(sizes) == 1 and len(x) == sum(sizes) == len(sizes)
+    if alone and not (torch.is_grad_enabled() and x.requires_grad) and x.device.type not in _asked_for:
         return _of_one_token_each(x, zeros)  # what the operator would do, with what is kept with the zeros
     lists = ([getattr(own, field.name) for own in zeros] for field in fields(Zeros))
     return cast(Tensor, torch.ops.peft_mask.correction(x, sizes, *lists))
@@ -144,13 +145,41 @@ def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -
     return torch.cat([*outputs, x.new_zeros(len(groups[-1]), len(zeros[0].places))])
 
 
+def use_triton(active: bool = True) -> None:
+    """Say whether few tokens of each adapter in a batch are corrected by a Triton kernel on CUDA devices.
+
+    It is one launch for all adapters, where PyTorch's embedding bags are several for each. By default bags compute: the
+    kernel was compiled for GPUs and run by Triton's interpreter, and never on a GPU. Its results are those of the bags
+    to rounding, in float16, bfloat16, float32 and float64. Bags compute all the same what a CUDA graph captures, and
+    gradients have a way of their own.
+
+    Args:
+        active: whether it is to be used. Holds for the process, for calls from now on; other devices know no kernel.
+
+    Raises:
+        ImportError: if triton cannot be imported; the CUDA builds of PyTorch for Linux bring it along.
+    """
+    if not active:
+        _asked_for.pop("cuda", None)
+        return
+    try:
+        from peft_mask.layers import correction_triton
+    except ImportError as error:
+        raise ImportError(
+            f"use_triton() needs the package triton, which cannot be imported here: {error}. Install the version that "
+            "your PyTorch asks for (pip install triton), or leave the correction to PyTorch, as it is by default."
+        ) from error
+    _asked_for["cuda"] = correction_triton.correction
+
+
+_asked_for: dict[str, Callable[..., Tensor]] = {}  # type of device -> what computes the operator there
+
 torch.library.define(
     "peft_mask::correction",
     "(Tensor x, SymInt[] sizes, Tensor[] pointers, Tensor[] columns, Tensor[] values, Tensor[] places) -> Tensor",
 )
 
 
-@torch.library.impl("peft_mask::correction", "default")
 def _correction(
     x: Tensor,
     sizes: Sequence[int],
@@ -173,6 +202,16 @@ def _correction(
     if start < len(x):
         parts.append(x.new_zeros(len(x) - start, len(places[0])))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _as_asked_for(x: Tensor, sizes: Sequence[int], *lists: Sequence[Tensor]) -> Tensor:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return _correction(x, sizes, *lists)  # a replay would read anew what a kernel was sent from the host
+    return _asked_for.get(x.device.type, _correction)(x, sizes, *lists)
+
+
+torch.library.impl("peft_mask::correction", "default", _correction)
+torch.library.impl("peft_mask::correction", "cuda", _as_asked_for)
 
 
 def _of_one_adapter(tokens: Tensor, zeros: Zeros) -> Tensor:

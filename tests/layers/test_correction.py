@@ -1,8 +1,11 @@
 """What the weights that are off would have added, against the product with a matrix of them."""
 
+import sys
+
 import pytest
 import torch
 
+import peft_mask
 from peft_mask.layers import correction
 from peft_mask.layers.correction import correct, correct_reference, zeros_of
 
@@ -99,3 +102,29 @@ def test_an_infinite_input_reaches_the_outputs_that_have_lost_a_weight_of_it_and
     found = correct(x, [1], zeros)[0]
     assert torch.equal(found.isfinite(), matrices[0][:, 2] == 0)
     assert not found.isfinite().all()
+
+
+def test_who_asks_for_triton_without_having_it_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "peft_mask.layers.correction_triton", raising=False)
+    monkeypatch.delattr("peft_mask.layers.correction_triton", raising=False)
+    with pytest.raises(ImportError, match=r"use_triton\(\) needs the package triton.*pip install triton"):
+        peft_mask.use_triton()
+    peft_mask.use_triton(False)
+
+
+def test_on_cuda_what_was_asked_for_computes_and_else_as_in_a_captured_graph_the_bags(monkeypatch):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("peft_mask::correction", "CUDA")
+    zeros, _ = some_zeros(2)
+    lists = [[getattr(own, name) for own in zeros] for name in ("pointers", "columns", "values", "places")]
+    x = torch.randn(2, WIDTH)
+    torch.testing.assert_close(correction._as_asked_for(x, [1, 1], *lists), correct_reference(x, [1, 1], zeros))
+    monkeypatch.setitem(correction._asked_for, "cpu", lambda x, sizes, *lists: x.new_full((len(x), OUT), 7))
+    assert correction._as_asked_for(x, [1, 1], *lists).eq(7).all()
+    with monkeypatch.context() as capturing:
+        for state in ("is_initialized", "is_current_stream_capturing"):
+            capturing.setattr(torch.cuda, state, lambda: True)
+        captured = correction._as_asked_for(x, [1, 1], *lists)
+    torch.testing.assert_close(captured, correct_reference(x, [1, 1], zeros))
+    peft_mask.use_triton(False)  # of CUDA devices alone
+    assert "cpu" in correction._asked_for

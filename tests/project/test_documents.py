@@ -135,6 +135,8 @@ def _modules() -> list[str]:
 def test_docstring_examples_are_true(name, tmp_path, monkeypatch):
     if name == "peft_mask.training.memory" and not RUNS_ON_META:
         pytest.skip("this transformers' Llama does not run without weights")
+    if name == "peft_mask.layers.correction_triton":  # has no examples
+        pytest.importorskip("triton", reason="triton is not installed, and imported by who asks for it alone")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

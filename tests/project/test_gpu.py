@@ -5,12 +5,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_mask import MaskConfig, create_mask_optimizer
+from peft_mask import MaskConfig, create_mask_optimizer, use_triton
+from peft_mask.layers.correction import correct, correct_reference, zeros_of
 from peft_mask.scores.binarize import binarize_bernoulli, binarize_groups, binarize_topk
 from peft_mask.scores.functional import masked_linear, masked_linear_reference
 from peft_mask.scores.order import nth_lowest
 from peft_mask.tensors.elements import put, take
 from tests.scores.test_binarizers import BINARIZERS, layers, masked, mlp
+from tests.served_models import served
 from tests.tiny_models import tiny_inputs, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +169,70 @@ def test_rows_of_a_mixed_batch_are_those_of_their_adapters_alone():
             alone = model(**inputs, adapter_names=3 * [name]).logits
             torch.testing.assert_close(mixed[row], alone[row])
     assert len(mixed.unique(dim=0)) == 3
+
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    """What is called with correction by the Triton kernel; `.calls` counts them."""
+    pytest.importorskip("triton", reason="triton is not installed, which CUDA builds of PyTorch for Linux bring along")
+    from peft_mask.layers import correction_triton
+
+    kernel = correction_triton.correction
+
+    def counted(*args):
+        call.calls += 1
+        return kernel(*args)
+
+    def call(function, *args, **kwargs):
+        use_triton()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            use_triton(False)
+
+    call.calls = 0
+    monkeypatch.setattr(correction_triton, "correction", counted)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [[1] * 5, [3, 20, 1, 33, 0], [100, 1]], ids=str)
+@pytest.mark.parametrize("none", [0, 3])
+def test_the_triton_kernel_corrects_as_bags_do_and_waits_for_nothing(dtype, tolerance, sizes, none, by_triton):
+    weight = torch.randn(301, 700).to(DEVICE, dtype)
+    share = torch.linspace(-0.02, 0.08, 301)[torch.randperm(301)].unsqueeze(1)  # some outputs have lost no weight
+    off = torch.rand(len(sizes), 301, 700) < share
+    zeros = [zeros_of(mask.view(-1).nonzero().squeeze(1).to(DEVICE), weight) for mask in off]
+    x = torch.randn(sum(sizes) + none, 700).to(DEVICE, dtype)
+    bags = correct(x, sizes, zeros)
+    found = by_triton(correct, x, sizes, zeros)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = by_triton(correct, x, sizes, zeros)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert by_triton.calls == 2
+    assert torch.equal(found, again)
+    assert not torch.allclose(found[0], found[sizes[0]], atol=0.1), "answers of different adapters differ"
+    torch.testing.assert_close(found, bags, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, correct_reference(x, sizes, zeros), rtol=tolerance, atol=tolerance)
+    assert not found[sum(sizes) :].any()
+
+
+def test_rows_of_a_mixed_batch_are_the_same_by_triton(by_triton):
+    model = served(tiny_model("bert", "seq_cls"), task_type="SEQ_CLS").to(DEVICE)
+    inputs = {name: tensor[:1].repeat(3, 1).to(DEVICE) for name, tensor in tiny_inputs(model).items()}
+    names = ["two", "__base__", "one"]
+    with torch.no_grad():
+        bags = model(**inputs, adapter_names=names).logits
+        found = by_triton(model, **inputs, adapter_names=names).logits
+    assert by_triton.calls
+    torch.testing.assert_close(found, bags, rtol=1e-4, atol=1e-5)
+    assert len(found.unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, fleet, large, llama, memory, mixed, residency, rules, step, switch
+from benchmarks import codec, correction, fleet, large, llama, memory, mixed, residency, rules, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
 from benchmarks.loaded import Counts, Loaded
@@ -393,3 +393,15 @@ def test_the_ways_to_compute_a_mixed_batch_that_are_compared_differ_from_the_bas
         found = [call(model, adapter_names=[name] * 2) for name in ("t0", "t1")]
         assert not torch.equal(*found)
         assert not any(torch.equal(one, far) for one in found)
+
+
+def test_bags_are_counted_for_each_adapter_and_the_kernel_once_for_all(monkeypatch):
+    monkeypatch.setattr(correction, "MATRICES", [(8, 100)])
+    monkeypatch.setattr(correction, "SPARSITY", 0.5)
+    (bags, _), (more_bags, _) = (correction.of_a_layer(tasks, correction.by_bags) for tasks in (1, 16))
+    (once, moved), (again, more) = (correction.of_a_layer(tasks, correction.by_triton) for tasks in (1, 16))
+    assert more_bags - bags == 15
+    assert once == again == 2
+    zeros = 400 * (4 + 2) + 9 * 4 + 8 * 4  # columns and values, pointers, places
+    assert moved == zeros + 100 * 2 + 8 * 2 + 2 * 6 * 8
+    assert more == 16 * moved
