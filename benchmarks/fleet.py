@@ -1,6 +1,6 @@
 """Hundreds of adapters under Zipf traffic: `AdapterCache` against a switch for each task, and LoRA in the same bytes.
 
-python -m benchmarks.fleet [--adapters 200 1000] [--batches 16] [--rows 16] [--tokens 16] [--dtype float32]
+python -m benchmarks.fleet [--adapters 200 1000] [--batches 12] [--rows 16] [--tokens 16] [--dtype float32]
 python -m benchmarks.fleet --device cuda
 """
 
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", nargs="+", type=int, default=[200, 1000])
     parser.add_argument("--masks", type=int, default=8, help="how many of them have masks of their own")
-    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="BERT-base")
