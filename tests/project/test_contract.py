@@ -158,6 +158,11 @@ HOOKS = [
         "takes a name for each row from a pre-hook",
         says="adapter_names",
     ),
+    Hook(
+        "peft.utils.other:AuxiliaryTrainingWrapper._mixed_batch_forward",
+        "mixes copies of these layers; those of others are ours to mix",
+        says="(torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)",
+    ),
     Hook("torch:embedding_bag", "sums what weights that are off add to an output, on any device"),
     Hook("scipy.sparse._sparsetools:csr_matvec", "sums it for one token, without scipy's checks around it"),
     # saving and loading
