@@ -246,12 +246,18 @@ def body(figures: dict[str, Any]) -> str:
         for name, way in figures["ways"].items()
     ]
     http = figures["http"]
-    return f"""{CLIENTS} clients, each one question after another; {figures["requests"]} questions a run of {WORDS[0]} to {WORDS[1]} words, each for one of
-{figures["adapters"]} adapters of a {figures["shape"]} in {figures["dtype"]}. In one process without HTTP; processor time of a run, round by round beside the base alone.
-
-{table(["batches", "rows a batch", "time, x base", "p50, ms", "p95, ms"], rows)}
-
-Over HTTP, with the clients in the same process: {http["requests a second"]:.0f} requests a second (p50 {http["milliseconds"]["p50"]:.0f} ms, p95 {http["milliseconds"]["p95"]:.0f} ms)."""
+    about = (
+        f"{CLIENTS} clients, each one question after another; {figures['requests']} questions a run of {WORDS[0]} to "
+        f"{WORDS[1]} words, each for one of {figures['adapters']} adapters of a {figures['shape']} in "
+        f"{figures['dtype']}. In one process without HTTP; processor time of a run, round by round beside the base alone."
+    )
+    times = http["milliseconds"]
+    over_http = (
+        f"Over HTTP, with the clients in the same process: {http['requests a second']:.0f} requests a second "
+        f"(p50 {times['p50']:.0f} ms, p95 {times['p95']:.0f} ms)."
+    )
+    found = table(["batches", "rows a batch", "time, x base", "p50, ms", "p95, ms"], rows)
+    return f"{about}\n\n{found}\n\n{over_http}"
 
 
 if __name__ == "__main__":

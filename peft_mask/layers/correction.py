@@ -131,9 +131,8 @@ def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
 
     Source: the sum over an output's weights is what an embedding bag does with the rows of a table.
     """
-    alone = max(sizes) == 1 and len(x) == sum(sizes) == len(sizes)
-    if alone and not (torch.is_grad_enabled() and x.requires_grad) and x.device.type not in _asked_for:
-        return _of_one_token_each(x, zeros)  # what the operator would do, with what is kept with the zeros
+    if not (torch.is_grad_enabled() and x.requires_grad) and type(x) is Tensor and x.device.type not in _asked_for:
+        return _computed(x, sizes, zeros)  # what the operator would do, which takes all these tensors apart first
     lists = ([getattr(own, field.name) for own in zeros] for field in fields(Zeros))
     return cast(Tensor, torch.ops.peft_mask.correction(x, sizes, *lists))
 
@@ -188,7 +187,10 @@ def _correction(
     values: Sequence[Tensor],
     places: Sequence[Tensor],
 ) -> Tensor:
-    zeros = [Zeros(*own) for own in zip(pointers, columns, values, places, strict=True)]
+    return _computed(x, sizes, [Zeros(*own) for own in zip(pointers, columns, values, places, strict=True)])
+
+
+def _computed(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
     parts, start = [], 0
     for size, run in groupby(zip(sizes, zeros, strict=True), key=itemgetter(0)):
         own = [each for _, each in run]
@@ -200,7 +202,7 @@ def _correction(
         for group, each in zip(tokens.split(size) if size else [tokens] * len(own), own, strict=True):
             parts += [_of_one_adapter(chunk, each) for chunk in group.split(_WIDEST)]
     if start < len(x):
-        parts.append(x.new_zeros(len(x) - start, len(places[0])))
+        parts.append(x.new_zeros(len(x) - start, len(zeros[0].places)))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

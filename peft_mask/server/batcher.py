@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,7 +204,8 @@ class Batcher:
         self._queue = left
         if not left:
             self._arrived.clear()
-        return batch
+        rows = Counter(waiting.adapter for waiting in batch)  # in this order no layer has to put them in another
+        return sorted(batch, key=lambda waiting: (waiting.adapter == BASE, rows[waiting.adapter], waiting.adapter))
 
     # ---- in the thread of the model ----
 
