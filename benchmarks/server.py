@@ -249,7 +249,8 @@ def body(figures: dict[str, Any]) -> str:
     about = (
         f"{CLIENTS} clients, each one question after another; {figures['requests']} questions a run of {WORDS[0]} to "
         f"{WORDS[1]} words, each for one of {figures['adapters']} adapters of a {figures['shape']} in "
-        f"{figures['dtype']}. In one process without HTTP; processor time of a run, round by round beside the base alone."
+        f"{figures['dtype']}. In one process without HTTP; processor time of a run, "
+        "round by round beside the base alone."
     )
     times = http["milliseconds"]
     over_http = (
