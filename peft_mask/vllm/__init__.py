@@ -31,13 +31,13 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "MaskExtension":
+        from peft_mask.vllm.cpu import keep_weights_in_place
         from peft_mask.vllm.extension import MaskExtension
-        from peft_mask.vllm.in_place import keep_weights_in_place
 
         keep_weights_in_place()
         return MaskExtension
     if name == "MixedMasks":
-        from peft_mask.vllm.in_place import keep_weights_in_place
+        from peft_mask.vllm.cpu import keep_weights_in_place
         from peft_mask.vllm.mixed import MixedMasks, install
 
         keep_weights_in_place()

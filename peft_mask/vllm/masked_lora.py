@@ -141,6 +141,11 @@ def remember(lora: Any, positions: Mapping[str, Tensor]) -> Any:
     return lora
 
 
+def holds_masks(lora: Any) -> bool:
+    """Return whether one of vLLM's LoRAs stands for a mask."""
+    return _MASKS in lora.__dict__
+
+
 def fill_slot(layers: Mapping[str, Any], slot: int, lora: Any) -> None:
     """Put an adapter's masks into a slot of all layers, in the place of what was there.
 

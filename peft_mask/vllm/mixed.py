@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from peft_mask.vllm.checkpoint import Checkpoint
+from peft_mask.vllm.cpu import add_an_empty_slot
 from peft_mask.vllm.masked_lora import (
     check_engine,
     fill_slot,
+    holds_masks,
     is_mask,
     masked_output,
     positions_by_layer,
@@ -50,6 +52,7 @@ def install() -> None:
     for owner, name, replacement in (
         (LRUCacheWorkerLoRAManager, "create_lora_manager", _create_lora_manager),
         (WorkerLoRAManager, "_load_adapter", _load_adapter),
+        (LoRAModelManager, "_create_merged_loras_inplace", _create_merged_loras_inplace),
         (LoRAModelManager, "activate_adapter", _activate_adapter),
         (LoRAModelManager, "_set_adapter_mapping", _set_adapter_mapping),
         (BaseLinearLayerWithLoRA, "_apply_sync", _apply_sync),
@@ -71,7 +74,9 @@ def _create_lora_manager(original: Any, self: Any, model: Any, vllm_config: Any)
     check_engine(vllm_config)
     config = vllm_config.model_config
     setattr(self, _CHECKPOINT, Checkpoint.of(config.model, config.revision, vllm_config.load_config.download_dir))
-    return original(self, model, vllm_config)
+    created = original(self, model, vllm_config)
+    add_an_empty_slot(self._adapter_manager.modules.values())
+    return created
 
 
 def _load_adapter(original: Any, self: Any, lora_request: Any) -> Any:
@@ -88,6 +93,11 @@ def _load_adapter(original: Any, self: Any, lora_request: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"the adapter '{lora_request.lora_name}' in '{folder}' is refused: {error}") from error
     return remember(LoRAModel(lora_request.lora_int_id, 1, {}), positions)
+
+
+def _create_merged_loras_inplace(original: Any, self: Any, lora_model: Any) -> None:
+    if not holds_masks(lora_model):  # which has no matrices to put together
+        original(self, lora_model)
 
 
 def _activate_adapter(original: Any, self: Any, lora_id: int) -> bool:
