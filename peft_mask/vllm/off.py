@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from peft_mask.format.packing import index_dtype, zero_positions
 from peft_mask.model.loading import bits_for
-from peft_mask.model.names import BITS, named
+from peft_mask.model.names import BITS, module_name, named
 from peft_mask.serving.coded import read_adapter
 from peft_mask.vllm.checkpoint import Checkpoint
 
@@ -50,10 +51,10 @@ def read_off(folder: str, checkpoint: Checkpoint) -> Off:
     """
     read = read_adapter(Path(folder), _LARGEST)
     records = named(read.tensors, BITS)
-    if beside := sorted(name for name in read.tensors if not name.endswith(BITS)):
+    beside = {module_name(key): tensor for key, tensor in read.tensors.items() if not key.endswith(BITS)}
+    if own := sorted(name for name, tensor in beside.items() if not _is_the_bases(name, tensor, checkpoint)):
         raise ValueError(
-            f"it brings {beside[:3]} beside its masks, a head or embeddings of its own, which are no mask: serve it "
-            "merged."
+            f"it brings {own[:3]} beside its masks, a head or embeddings of its own, which are no mask: serve it merged."
         )
     if not records:
         raise ValueError("its file holds no masks.")
@@ -71,3 +72,15 @@ def read_off(folder: str, checkpoint: Checkpoint) -> Off:
         bits = bits_for(name, record, weight, check_base=read.config.check_base)
         positions[weight_name] = zero_positions(bits, weight.shape).to(index_dtype(weight.numel()))
     return Off(folder, read.coded.digest, positions)
+
+
+def _is_the_bases(name: str, tensor: Tensor, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor is the checkpoint's own: PEFT saves embeddings that are masked beside their masks."""
+    owner, _, attribute = name.replace(".base_layer.", ".").rpartition(".")
+    if attribute != "weight":
+        return False
+    try:
+        weight = checkpoint.weight(checkpoint.weight_name(owner))
+    except ValueError:
+        return False
+    return weight.shape == tensor.shape and torch.equal(weight, tensor.to(weight.dtype))

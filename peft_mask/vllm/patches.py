@@ -95,10 +95,10 @@ def check_held(model: nn.Module, patches: Iterable[Patch]) -> dict[str, int]:
                 f"{found.reached} values compared are others. Was the model loaded from another checkpoint, were its "
                 "weights packed for a processor, or changed by somebody else?"
             )
-        if tied := shared & set(names or ()):
+        for name in sorted(shared.keys() & set(names or ())):
             raise ValueError(
-                f"the weight '{patch.name}' is tied: the model also uses {sorted(tied)[0]!r} as another layer's, which "
-                "the mask is not for. Serve it merged."
+                f"the weight '{patch.name}' is tied: in this model {shared[name]} are one, and the mask is for one of "
+                "them. Serve it merged."
             )
         held[patch.name] = found.reached
     return held
@@ -137,9 +137,9 @@ def _comparing() -> Iterator[_Compared]:
         tensor.copy_ = original
 
 
-def _shared(model: nn.Module) -> set[str]:
-    """Return the names of parameters that stand in several places of a model."""
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """Return the parameters that stand in several places of a model: name -> all names of the same one."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {name for own in names.values() if len(own) > 1 for name in own}
+    return {name: own for own in names.values() if len(own) > 1 for name in own}
