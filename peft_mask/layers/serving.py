@@ -152,9 +152,7 @@ class ServedLinear(LayerWithBias):
             return self._compute_base(x)
         tokens, each = x.reshape(-1, x.shape[-1]), x.shape[1:-1].numel()
         counts, bias = [count * each for count in own.values()], self._biases(sizes, each, weight)
-        product = corrected_product(
-            tokens, counts, self._zeros(own, weight), weight, bias, transposed=self._transposed
-        )
+        product = corrected_product(tokens, counts, self._zeros(own, weight), weight, bias, transposed=self._transposed)
         return product.view(*x.shape[:-1], product.shape[-1])
 
     def _biases(self, sizes: Mapping[str, int], each: int, weight: torch.Tensor) -> torch.Tensor | None:

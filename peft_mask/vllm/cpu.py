@@ -1,4 +1,4 @@
-"""What is different in vLLM's build for CPUs: weights that are packed away, and a slot that requests of no LoRA fall into."""
+"""What is different in vLLM's build for CPUs: weights are packed away, and the base falls into a LoRA's slot."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _computes_with_its_weight(layer: Any, remove_weight: bool) -> None:
 def add_an_empty_slot(layers: Iterable[Any]) -> None:
     """Put an empty slot behind those that LoRAs are put into; elsewhere than on a CPU nothing is amiss.
 
-    Tokens of no LoRA have the slot -1. The operators for a CPU take that for the last one, so that in a batch with a LoRA
-    the base would answer with whatever LoRA is there.
+    Tokens of no LoRA have the slot -1. The operators for a CPU take that for the last one, so that in a batch with a
+    LoRA the base would answer with whatever LoRA is there.
 
     Args:
         layers: those that vLLM would give a LoRA.

@@ -107,8 +107,8 @@ class MaskExtension:
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         if model.quantization is not None:
             raise ValueError(
-                f"the base is quantized ({model.quantization}), and what a mask takes away is written as floating-point "
-                "values: serve it in 16 or 32 bits, or the mask merged before it was quantized."
+                f"the base is quantized ({model.quantization}), and patches are of floating-point values: serve "
+                "it in 16 or 32 bits, or the mask merged before it was quantized."
             )
         if model.use_mla:
             raise ValueError(

@@ -89,7 +89,9 @@ def positions_by_layer(
                 _check_values(part, weight, positions[-1], own.view(-1)[positions[-1] - start])
             start += own.numel()
         if start != weight.numel():
-            raise ValueError(f"the layer '{name}' holds {weight.numel():,} weights, the checkpoint {start:,} of {parts}.")
+            raise ValueError(
+                f"the layer '{name}' holds {weight.numel():,} weights, the checkpoint {start:,} of {parts}."
+            )
         found[name] = torch.cat(positions)
     if left:
         raise ValueError(

@@ -14,7 +14,9 @@ def check_release() -> None:
         ImportError: there is none, or it is of another minor release.
     """
     if find_spec("vllm") is None:
-        raise ImportError(f"masks in vLLM need vLLM {RELEASE}, and none is installed here: pip install 'vllm=={RELEASE}.*'.")
+        raise ImportError(
+            f"masks in vLLM need vLLM {RELEASE}, and none is installed here: pip install 'vllm=={RELEASE}.*'."
+        )
     import vllm
 
     if vllm.__version__.split(".")[:2] != RELEASE.split("."):

@@ -85,7 +85,9 @@ async def _switched(engine: EngineClient, folder: str | None) -> dict[str, Any]:
         except SwitchFailedError:
             raise
         except Exception as error:  # whoever cannot be asked may have changed or not
-            raise SwitchFailedError(f"the workers did not answer ({error}): the engine stays paused, restart vLLM.") from error
+            raise SwitchFailedError(
+                f"the workers did not answer ({error}): the engine stays paused, restart vLLM."
+            ) from error
         if not others:
             await engine.resume_generation()
         return report
@@ -135,7 +137,7 @@ def _explained(error: Exception, method: str) -> Exception:
         return error
     return RuntimeError(
         "this engine's workers cannot switch masks: start vLLM with --worker-extension-cls "
-        "peft_mask.vllm.MaskExtension, or LLM(..., worker_extension_cls=\"peft_mask.vllm.MaskExtension\")."
+        'peft_mask.vllm.MaskExtension, or LLM(..., worker_extension_cls="peft_mask.vllm.MaskExtension").'
     )
 
 
