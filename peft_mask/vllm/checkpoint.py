@@ -86,7 +86,7 @@ class Checkpoint:
         try:
             if index.is_file():
                 return dict(json.loads(index.read_text("utf-8"))["weight_map"])
-            found = {}
+            found: dict[str, str] = {}
             for path in sorted(self.folder.glob("*.safetensors")):
                 with safe_open(path, framework="pt") as file:
                     found |= dict.fromkeys(file.keys(), path.name)

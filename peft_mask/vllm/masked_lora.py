@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_mask.format.mask_file import read_config
 from peft_mask.layers.correction import Zeros, corrected_product, zeros_of
@@ -35,8 +35,8 @@ def check_engine(config: Any) -> None:
     """
     model, parallel, lora = config.model_config, config.parallel_config, config.lora_config
     reasons = {
-        "it needs enforce_eager=True (--enforce-eager): a compiled or captured batch would keep the adapters that it was "
-        "compiled with": not model.enforce_eager,
+        "it needs enforce_eager=True (--enforce-eager): a compiled or captured batch would keep the adapters that it "
+        "was compiled with": not model.enforce_eager,
         f"it needs tensor_parallel_size=1 and pipeline_parallel_size=1, here it is {parallel.tensor_parallel_size} and "
         f"{parallel.pipeline_parallel_size}": parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1,
         f"the base is quantized ({model.quantization})": model.quantization is not None,
@@ -46,8 +46,8 @@ def check_engine(config: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"masks cannot be mixed in this engine: {reason}. Switch them with peft_mask.vllm.MaskExtension instead, "
-                "or serve them merged."
+                f"masks cannot be mixed in this engine: {reason}. Switch them with "
+                "peft_mask.vllm.MaskExtension instead, or serve them merged."
             )
 
 
@@ -58,7 +58,7 @@ def is_mask(folder: str) -> bool:
 
 
 def positions_by_layer(
-    off: Off, layers: Mapping[str, nn.Module], packed: Mapping[str, Sequence[str]], checkpoint: Checkpoint
+    off: Off, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Return where an adapter is off in the weights of vLLM's layers, of which some hold several weights.
 
@@ -81,7 +81,7 @@ def positions_by_layer(
         if left.keys().isdisjoint(parts):
             continue
         _check_layer(name, layer)
-        weight, start, positions = cast(Tensor, layer.base_layer.weight), 0, []
+        weight, start, positions = layer.base_layer.weight, 0, []
         for part in parts:
             own = checkpoint.weight(checkpoint.weight_name(part.removesuffix(".weight")))
             if part in left:
@@ -95,8 +95,8 @@ def positions_by_layer(
         found[name] = torch.cat(positions)
     if left:
         raise ValueError(
-            f"it masks {sorted(left)[:3]}, and in mixed batches linear layers alone are masked that vLLM gives a LoRA (of "
-            f"this model {sorted({name.rpartition('.')[2] for name in layers})}): switch it with "
+            f"it masks {sorted(left)[:3]}, and in mixed batches linear layers alone are masked that vLLM gives a LoRA "
+            f"(of this model {sorted({name.rpartition('.')[2] for name in layers})}): switch it with "
             "peft_mask.vllm.MaskExtension, or serve it merged."
         )
     return found

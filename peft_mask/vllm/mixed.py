@@ -1,7 +1,7 @@
-"""Masks, the base and LoRAs in one batch, on the routing that vLLM has for LoRA. An experiment, for one release of vLLM.
+"""Masks, the base and LoRAs in one batch, on the routing that vLLM has for LoRA. An experiment, for one release of it.
 
-A request names a mask's folder as it would a LoRA's. vLLM schedules it, keeps and evicts it, tells each layer the slot of
-each token, and tells its prefix cache apart by name and folder. What is replaced in vLLM stands in `install`, and
+A request names a mask's folder as it would a LoRA's. vLLM schedules it, keeps and evicts it, tells each layer the slot
+of each token, and tells its prefix cache apart by name and folder. What is replaced in vLLM stands in `install`, and
 `tests/vllm/test_contract.py` holds all of its names.
 """
 
@@ -32,9 +32,10 @@ _CHECKPOINT = "_peft_mask_checkpoint"
 
 
 class MixedMasks:
-    """A worker extension that lets requests name masks: `--worker-extension-cls peft_mask.vllm.MixedMasks --enable-lora`.
+    """A worker extension that lets requests name masks as if they were LoRAs. An experiment.
 
-    It brings no method. To ask for it is what counts: vLLM does so before it loads the model.
+    `vllm serve ... --worker-extension-cls peft_mask.vllm.MixedMasks --enable-lora --enforce-eager`. It brings no
+    method: vLLM asks for it before it loads a model, and that is when its LoRA learns about masks.
     """
 
 

@@ -54,7 +54,8 @@ def read_off(folder: str, checkpoint: Checkpoint) -> Off:
     beside = {module_name(key): tensor for key, tensor in read.tensors.items() if not key.endswith(BITS)}
     if own := sorted(name for name, tensor in beside.items() if not _is_the_bases(name, tensor, checkpoint)):
         raise ValueError(
-            f"it brings {own[:3]} beside its masks, a head or embeddings of its own, which are no mask: serve it merged."
+            f"it brings {own[:3]} beside its masks, a head or embeddings of its own, which are no mask: serve it "
+            "merged."
         )
     if not records:
         raise ValueError("its file holds no masks.")

@@ -86,7 +86,7 @@ async def _switched(engine: EngineClient, folder: str | None) -> dict[str, Any]:
             raise
         except Exception as error:  # whoever cannot be asked may have changed or not
             raise SwitchFailedError(
-                f"the workers did not answer ({error}): the engine stays paused, restart vLLM."
+                f"the workers did not answer ({error}). Restart vLLM, which stays paused."
             ) from error
         if not others:
             await engine.resume_generation()
