@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +52,19 @@ class MaskEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the two routes."""
-        app.add_route(ROUTE, self._answer(self._in_force), methods=["GET"])
-        app.add_route(ROUTE, self._answer(self._switch), methods=["POST"])
+        app.add_route(ROUTE, self._answer(self.in_force), methods=["GET"])
+        app.add_route(ROUTE, self._answer(self.switch), methods=["POST"])
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Keep the engine; a server that only renders has none."""
         self._engine = engine_client
 
-    async def _in_force(self, engine: EngineClient, body: bytes) -> dict[str, Any]:
+    async def in_force(self, engine: EngineClient, body: bytes) -> dict[str, Any]:
+        """Answer which mask is in force."""
         return self._named(await mask_in_force_async(engine))
 
-    async def _switch(self, engine: EngineClient, body: bytes) -> dict[str, Any]:
+    async def switch(self, engine: EngineClient, body: bytes) -> dict[str, Any]:
+        """Switch to the mask that a request names, and answer the same."""
         name = _asked_for(body)
         folder = None if name is None else self._folder_of(check_name(name))
         try:
@@ -75,26 +77,32 @@ class MaskEndpoint:
         names = sorted(path.parent.name for path in self._root.glob(f"*/{CONFIG}"))
         return {**report, "adapter": None if folder is None else Path(folder).name, "adapters": names}
 
-    def _answer(self, what: Callable[..., Any]) -> Callable[[Request], Any]:
+    def _answer(self, what: Callable[[EngineClient, bytes], Awaitable[dict[str, Any]]]) -> Callable[..., Any]:
         from starlette.responses import JSONResponse
 
         async def answer(request: Request) -> JSONResponse:
-            try:
-                if self._engine is None:
-                    raise NotImplementedError("this server has no engine.")
-                body = b""
-                async for part in request.stream():
-                    body += part
-                    if len(body) > _LONGEST:
-                        raise _BadRequestError(f"a request has at most {_LONGEST} bytes.")
-                return JSONResponse(await what(self._engine, body))
-            except Exception as error:
-                status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
-                if status is None:
-                    raise
-                return JSONResponse({"error": str(error)}, status)
+            body = b""
+            async for part in request.stream():
+                if len(body := body + part) > _LONGEST:
+                    break
+            content, status = await self.respond(what, body)
+            return JSONResponse(content, status)
 
         return answer
+
+    async def respond(
+        self, what: Callable[[EngineClient, bytes], Awaitable[dict[str, Any]]], body: bytes
+    ) -> tuple[dict[str, Any], int]:
+        """Return what a request is answered, and the HTTP status."""
+        try:
+            if self._engine is None:
+                raise NotImplementedError("this server has no engine.")
+            return await what(self._engine, body), 200
+        except Exception as error:
+            status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
+            if status is None:
+                raise
+            return {"error": str(error)}, status
 
 
 class _BadRequestError(ValueError):
@@ -114,6 +122,8 @@ _STATUS: dict[type[Exception], int] = {
 
 def _asked_for(body: bytes) -> str | None:
     """Return the name in a request, None for the base."""
+    if len(body) > _LONGEST:
+        raise _BadRequestError(f"a request has at most {_LONGEST} bytes.")
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):

@@ -34,20 +34,18 @@ def check_engine(config: Any) -> None:
         ValueError: the reason.
     """
     model, parallel, lora = config.model_config, config.parallel_config, config.lora_config
-    reasons = {
-        "it needs enforce_eager=True (--enforce-eager): a compiled or captured batch would keep the adapters that it "
-        "was compiled with": not model.enforce_eager,
-        f"it needs tensor_parallel_size=1 and pipeline_parallel_size=1, here it is {parallel.tensor_parallel_size} and "
-        f"{parallel.pipeline_parallel_size}": parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1,
-        f"the base is quantized ({model.quantization})": model.quantization is not None,
-        "the model takes more than text": model.is_multimodal_model,
-        "it needs fully_sharded_loras=False": lora.fully_sharded_loras,
-    }
-    for reason, holds in reasons.items():
-        if holds:
+    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    for refused, reason in (
+        (not model.enforce_eager, "it compiles or captures batches, which needs to be off: enforce_eager=True"),
+        (workers > 1, f"its layers are spread over {workers} workers (tensor or pipeline parallelism)"),
+        (model.quantization is not None, f"the base is quantized ({model.quantization})"),
+        (model.is_multimodal_model, "the model takes more than text"),
+        (lora.fully_sharded_loras, "fully_sharded_loras is set"),
+    ):
+        if refused:
             raise ValueError(
-                f"masks cannot be mixed in this engine: {reason}. Switch them with "
-                "peft_mask.vllm.MaskExtension instead, or serve them merged."
+                f"masks cannot be mixed in this engine: {reason}. Change that, or switch masks with "
+                "peft_mask.vllm.MaskExtension, or serve them merged."
             )
 
 
@@ -77,13 +75,13 @@ def positions_by_layer(
     """
     left, found = dict(off.positions), {}
     for name, layer in layers.items():
-        parts = [f"{part}.weight" for part in packed.get(name, [name])]
+        parts = _weights_of(packed.get(name, [name]), checkpoint)
         if left.keys().isdisjoint(parts):
             continue
         _check_layer(name, layer)
         weight, start, positions = layer.base_layer.weight, 0, []
         for part in parts:
-            own = checkpoint.weight(checkpoint.weight_name(part.removesuffix(".weight")))
+            own = checkpoint.weight(part)
             if part in left:
                 positions.append(left.pop(part).long() + start)
                 _check_values(part, weight, positions[-1], own.view(-1)[positions[-1] - start])
@@ -100,6 +98,14 @@ def positions_by_layer(
             "peft_mask.vllm.MaskExtension, or serve it merged."
         )
     return found
+
+
+def _weights_of(parts: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+    """Return the weights that a layer is put together of; none if it is not made of the checkpoint's as they are."""
+    try:
+        return [checkpoint.weight_name(part) for part in parts]
+    except ValueError:
+        return []
 
 
 def _check_layer(name: str, layer: Any) -> None:

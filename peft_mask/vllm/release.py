@@ -22,6 +22,6 @@ def check_release() -> None:
     if vllm.__version__.split(".")[:2] != RELEASE.split("."):
         raise ImportError(
             f"masks in vLLM are made for vLLM {RELEASE} and use what is inside it; this is {vllm.__version__}, where "
-            f"that may be otherwise. Install vllm=={RELEASE}.*, or a peft_mask for that release, or serve merged models, "
-            "which every vLLM takes (merge_and_unload, save_pretrained)."
+            f"that may be otherwise. Install vllm=={RELEASE}.*, or a peft_mask for that release, or serve merged "
+            "models, which every vLLM takes (merge_and_unload, save_pretrained)."
         )

@@ -1,0 +1,43 @@
+"""Adapters for vLLM, and engines that serve them: made once, and only where vLLM is."""
+
+import importlib.util
+import os
+
+import pytest
+
+from tests.vllm import models
+
+
+@pytest.fixture(scope="session")
+def vllm_here():
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM, which wants an environment of its own: make vllm")
+    os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@pytest.fixture(scope="session")
+def folder(vllm_here, tmp_path_factory):
+    root = tmp_path_factory.mktemp("vllm")
+    models.make(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def expected(folder):
+    return models.expected(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(vllm_here):
+    """Makes engines with small caches, and shuts them down."""
+    made = []
+
+    def start(model, **options):
+        from tests.vllm.engines import Engine
+
+        made.append(Engine(model, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
