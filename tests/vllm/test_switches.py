@@ -50,8 +50,7 @@ def test_keys_and_values_of_the_mask_before_would_be_answered_from_if_the_prefix
 
 def test_weights_under_a_mask_are_to_the_bit_those_of_its_merged_export(base, engine, folder, expected, tmp_path):
     models.merged(folder, "b").save_pretrained(tmp_path)
-    exported = engine(tmp_path, skip_tokenizer_init=True)
-    assert exported.tokens() == expected["b"]
+    exported = engine(tmp_path, skip_tokenizer_init=True, **EXTENSION)  # which keeps weights in place on a CPU
     switch_mask(base.llm, folder / "b")
     assert base.checksums() == exported.checksums()
 
@@ -112,7 +111,11 @@ def test_a_tied_embedding_is_refused_and_other_weights_are_not(engine, folder, t
         switch_mask(tied.llm, None)
 
 
-def test_an_engine_without_the_extension_says_what_to_start_it_with(engine, folder):
-    plain = engine(folder / "base")
+def test_a_merged_export_is_served_by_vllm_as_it_comes_which_says_what_it_lacks_to_switch(
+    engine, folder, expected, tmp_path
+):
+    models.merged(folder, "b").save_pretrained(tmp_path)
+    plain = engine(tmp_path, skip_tokenizer_init=True)
+    assert plain.tokens() == expected["b"]
     with pytest.raises(RuntimeError, match="start vLLM with --worker-extension-cls"):
         switch_mask(plain.llm, folder / "a")
