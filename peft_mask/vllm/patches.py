@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_mask.tensors.aliasing import sharing_memory
 from peft_mask.vllm.checkpoint import Checkpoint
 from peft_mask.vllm.off import Off
 
@@ -138,8 +139,11 @@ def _comparing() -> Iterator[_Compared]:
 
 
 def _shared(model: nn.Module) -> dict[str, list[str]]:
-    """Return the parameters that stand in several places of a model: name -> all names of the same one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: own for own in names.values() if len(own) > 1 for name in own}
+    """Return the parameters that are one with others of a model: name -> the names of all of them."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    shared = {}
+    for group in sharing_memory(parameter for _, parameter in named):
+        members = set(map(id, group))
+        names = [name for name, parameter in named if id(parameter) in members]
+        shared |= dict.fromkeys(names, names)
+    return shared

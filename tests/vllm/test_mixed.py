@@ -49,7 +49,9 @@ def test_more_adapters_than_slots_and_memory_take_turns(mixed):
         mixed.check(names)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("damaged", "checksum is wrong"), ("foreign", "not the one it was trained on")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("damaged", "checksum is wrong"), ("foreign", "not the one it was trained on")]
+)
 def test_a_refused_adapter_is_refused_when_it_is_added_and_the_others_go_on(mixed, name, reason):
     with pytest.raises(Exception, match=f"the adapter '{name}' in .* is refused: .*{reason}"):  # of another process
         mixed.engine.llm.llm_engine.add_lora(mixed.word(name))
@@ -60,7 +62,9 @@ def test_a_mask_of_what_gets_no_lora_is_refused_by_name(mixed, folder):
     from tests.vllm.engines import named
 
     models.write_mask(folder, "embedding", 3, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(Exception, match=r"it masks \['model.embed_tokens.weight'\], and in mixed batches linear layers"):
+    with pytest.raises(
+        Exception, match=r"it masks \['model.embed_tokens.weight'\], and in mixed batches linear layers"
+    ):
         mixed.engine.llm.llm_engine.add_lora(named(folder, "embedding", 20))
     mixed.check(MIXTURE)
 

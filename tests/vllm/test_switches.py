@@ -10,7 +10,29 @@ pytestmark = [pytest.mark.usefixtures("vllm_here"), pytest.mark.filterwarnings("
 
 EXTENSION = {"worker_extension_cls": "peft_mask.vllm.MaskExtension"}
 # 21 switches: every pair of neighbors, among them a mask in its own place and both kinds of file
-SWITCHES = ["a", "b", "c", None, "a", "a", "c", "b", None, None, "ranked", "a", "b", "ranked", "c", "a", None, "c", "c", "b", None]
+SWITCHES = [
+    "a",
+    "b",
+    "c",
+    None,
+    "a",
+    "a",
+    "c",
+    "b",
+    None,
+    None,
+    "ranked",
+    "a",
+    "b",
+    "ranked",
+    "c",
+    "a",
+    None,
+    "c",
+    "c",
+    "b",
+    None,
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +106,7 @@ def test_nothing_is_switched_under_requests_that_have_not_ended(base, folder, ex
 def test_masks_of_embeddings_and_heads_are_switched_where_these_are_two_weights(base, folder):
     models.write_mask(folder, "embedded", 3, target_modules=["embed_tokens", "lm_head", "q_proj"])
     switch_mask(base.llm, folder / "embedded")
-    assert base.tokens() == models.tokens_of(models.merged(folder, "embedded"), least_lead=0.005)
+    assert base.tokens() == models.tokens_of(models.merged(folder, "embedded"), least_lead=0.001)
 
 
 def test_masks_are_switched_where_they_are_compiled_and_beside_loras(engine, folder, expected):
