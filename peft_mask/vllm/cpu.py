@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_mask.vllm.release import check_release
+
 
 def _on_a_cpu() -> bool:
     from vllm.platforms import current_platform
@@ -21,8 +23,14 @@ def keep_weights_in_place() -> None:
 
     vLLM packs a layer's weight for oneDNN once it is loaded, and drops it: no patch would reach it. Where vLLM is not
     running nothing happens.
+
+    Raises:
+        ImportError: this vLLM is of another minor release; nothing of it has changed.
     """
-    if "vllm" in sys.modules and _on_a_cpu():
+    if "vllm" not in sys.modules:
+        return
+    check_release()
+    if _on_a_cpu():
         import vllm.model_executor.layers.utils as utils
 
         utils.dispatch_cpu_unquantized_gemm = _computes_with_its_weight

@@ -77,7 +77,7 @@ def test_embeddings_that_are_saved_beside_their_masks_are_no_obstacle_unless_the
     assert read_off(path, checkpoint).positions.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
     tensors[beside] += 1
     save_file(tensors, tmp_path / "a" / FILE)
-    with pytest.raises(ValueError, match="brings .* beside its masks"):
+    with pytest.raises(ValueError, match=r"brings .* beside its masks"):
         read_off(path, checkpoint)
 
 
@@ -125,7 +125,7 @@ def test_what_is_no_whole_mask_is_refused(tmp_path, folder, checkpoint, spoil, r
 
 @pytest.mark.parametrize("portable", [True, False])
 def test_masks_of_another_base_are_refused(tmp_path, checkpoint, portable):
-    with pytest.raises(ValueError, match="not the one it was trained on|coded against its base"):
+    with pytest.raises(ValueError, match=r"not the one it was trained on|coded against its base"):
         read_off(write(tmp_path / "a", base_seed=1, portable=portable), checkpoint)
 
 
@@ -145,7 +145,7 @@ def test_a_name_that_may_be_of_several_weights_is_refused(tmp_path):
     save_file(
         {"text.layer.weight": torch.ones(2, 2), "image.layer.weight": torch.ones(2, 2)}, tmp_path / "m.safetensors"
     )
-    with pytest.raises(ValueError, match="has several weights 'layer.weight'"):
+    with pytest.raises(ValueError, match=r"has several weights 'layer.weight'"):
         Checkpoint(tmp_path).weight_name("layer")
 
 

@@ -25,16 +25,17 @@ def test_the_minor_release_it_is_made_for_is_taken(monkeypatch, version):
 
 def test_without_vllm_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr("peft_mask.vllm.release.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install 'vllm==0.32"):
+    with pytest.raises(ImportError, match=r"pip install 'vllm==0\.32"):
         check_release()
 
 
-def test_mixing_is_not_let_into_another_release(monkeypatch):
+@pytest.mark.parametrize("extension", ["MaskExtension", "MixedMasks"])
+def test_workers_of_another_release_get_no_extension(monkeypatch, extension):
     pretend_vllm(monkeypatch, "0.33.0")
     import peft_mask.vllm
 
-    with pytest.raises(ImportError, match="this is 0.33.0"):
-        _ = peft_mask.vllm.MixedMasks
+    with pytest.raises(ImportError, match=r"this is 0\.33\.0"):
+        getattr(peft_mask.vllm, extension)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
