@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 RELEASE = "0.32"
 
 
@@ -13,12 +11,12 @@ def check_release() -> None:
     Raises:
         ImportError: there is none, or it is of another minor release.
     """
-    if find_spec("vllm") is None:
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
         raise ImportError(
             f"masks in vLLM need vLLM {RELEASE}, and none is installed here: pip install 'vllm=={RELEASE}.*'."
-        )
-    import vllm
-
+        ) from error
     if vllm.__version__.split(".")[:2] != RELEASE.split("."):
         raise ImportError(
             f"masks in vLLM are made for vLLM {RELEASE} and use what is inside it; this is {vllm.__version__}, where "

@@ -71,7 +71,6 @@ def pretend_vllm(monkeypatch, version="0.32.0", load=scatter):
     packages = [ModuleType(name) for name in ("vllm.model_executor", "vllm.model_executor.model_loader")]
     for module in (top, *packages, inside):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("peft_mask.vllm.release.find_spec", lambda name: top)
 
 
 class Worker(MaskExtension):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-pytestmark = [pytest.mark.usefixtures("vllm_here"), pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.usefixtures("settings_of_vllm"), pytest.mark.filterwarnings("default")]
 
 ROOM = Path(__file__).parents[2] / "peft_mask" / "vllm"
 

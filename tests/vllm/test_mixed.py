@@ -4,7 +4,7 @@ import pytest
 
 from tests.vllm import models
 
-pytestmark = [pytest.mark.usefixtures("vllm_here"), pytest.mark.filterwarnings("default")]  # vLLM's own warnings
+pytestmark = [pytest.mark.usefixtures("settings_of_vllm"), pytest.mark.filterwarnings("default")]  # vLLM's own warnings
 
 OPTIONS = {
     "worker_extension_cls": "peft_mask.vllm.MixedMasks",

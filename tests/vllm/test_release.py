@@ -9,6 +9,15 @@ import pytest
 from peft_mask.vllm.release import check_release
 from tests.vllm.pretend import pretend_vllm
 
+HERE = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.mark.skipif(
+    not HERE, reason="vLLM wants an environment of its own (make vllm); nor are its contract, engines and server tested"
+)
+def test_the_vllm_that_is_here_is_of_the_release_that_all_is_made_for():
+    check_release()
+
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "0.3", "0.320.1"])
 def test_other_minor_releases_are_refused_in_words(monkeypatch, version):
@@ -24,7 +33,7 @@ def test_the_minor_release_it_is_made_for_is_taken(monkeypatch, version):
 
 
 def test_without_vllm_it_is_said_what_to_install(monkeypatch):
-    monkeypatch.setattr("peft_mask.vllm.release.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'vllm==0\.32"):
         check_release()
 
@@ -38,7 +47,7 @@ def test_workers_of_another_release_get_no_extension(monkeypatch, extension):
         getattr(peft_mask.vllm, extension)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+@pytest.mark.skipif(HERE, reason="vLLM is here")
 def test_the_room_is_imported_without_vllm():
     code = "import sys, peft_mask.vllm as room; room.MaskExtension, room.switch_mask; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -15,7 +15,7 @@ import pytest
 from peft_mask.vllm.endpoint import FOLDER, ROUTE
 from tests.vllm import models
 
-pytestmark = pytest.mark.usefixtures("vllm_here")
+pytestmark = pytest.mark.usefixtures("settings_of_vllm")
 
 KEY = "secret"
 MINUTES = 5 * 60  # for what must happen; only a test that fails waits for so long
@@ -39,9 +39,10 @@ class Server:
             "block-size": 32,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        program = "from vllm.entrypoints.cli.main import main; main()"
+        # what `vllm serve` runs; the build for CPUs has another name than vLLM, and that command looks for it
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "serve", str(folder / "base"), "--enforce-eager", *words],
+            [*program, "--model", str(folder / "base"), "--enforce-eager", *words],
             env={**os.environ, "VLLM_PLUGINS": "peft_mask", FOLDER: str(folder)},
             stdout=log,
             stderr=subprocess.STDOUT,

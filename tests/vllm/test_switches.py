@@ -6,7 +6,7 @@ from peft_mask import AdapterRefusedError
 from peft_mask.vllm import mask_in_force, switch_mask
 from tests.vllm import models
 
-pytestmark = [pytest.mark.usefixtures("vllm_here"), pytest.mark.filterwarnings("default")]  # vLLM's own warnings
+pytestmark = [pytest.mark.usefixtures("settings_of_vllm"), pytest.mark.filterwarnings("default")]  # vLLM's own warnings
 
 EXTENSION = {"worker_extension_cls": "peft_mask.vllm.MaskExtension"}
 # 21 switches: every pair of neighbors, among them a mask in its own place and both kinds of file
