@@ -45,9 +45,11 @@ class MaskExtension:
 
         Returns:
             `{"zeros": ..., "changes": ..., "held": ...}`: weights that it has off, weights that would change, and how
-            many of these this worker has; or `{"refused": reason}`.
+            many of these this worker has; or `{"refused": reason}`, or `{"broken": reason}` after a failure.
         """
         self._mask_prepared = None
+        if self._mask_broken:
+            return {"broken": self._mask_broken}
         try:
             check_release()
             self._check_servable()
@@ -88,7 +90,8 @@ class MaskExtension:
             ]
             load_checkpoint_weight_patches(self.model_runner.get_model(), patches)
         except Exception as error:
-            self._mask_broken = f"switching to {adapter or 'the base'} stopped halfway: {error or type(error).__name__}"
+            what = f"switching to {adapter or 'the base'}"
+            self._mask_broken = f"{what} stopped halfway ({error or type(error).__name__})."
             return {"broken": self._mask_broken}
         self._masks_in_force = prepared.off
         return self.mask_in_force()
@@ -102,8 +105,6 @@ class MaskExtension:
 
     def _check_servable(self) -> None:
         """Refuse models whose layers compute with something else than their weights as they were loaded."""
-        if self._mask_broken:
-            raise ValueError(f"{self._mask_broken}. Restart vLLM.")
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         if model.quantization is not None:
             raise ValueError(

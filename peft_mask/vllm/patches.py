@@ -141,7 +141,7 @@ def _comparing() -> Iterator[_Compared]:
 def _shared(model: nn.Module) -> dict[str, list[str]]:
     """Return the parameters that are one with others of a model: name -> the names of all of them."""
     named = list(model.named_parameters(remove_duplicate=False))
-    shared = {}
+    shared: dict[str, list[str]] = {}
     for group in sharing_memory(parameter for _, parameter in named):
         members = set(map(id, group))
         names = [name for name, parameter in named if id(parameter) in members]

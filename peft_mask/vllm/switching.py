@@ -143,11 +143,12 @@ def _explained(error: Exception, method: str) -> Exception:
 
 def _check_prepared(folder: str | None, reports: Sequence[dict[str, Any]]) -> None:
     """Raise unless all workers have prepared a mask, and each element of it is in one of them."""
+    _check_whole(reports)
     _check_accepted(folder, reports)
     changes, held = reports[0]["changes"], sum(report["held"] for report in reports)
     if held < changes:
         raise AdapterRefusedError(
-            str(folder),
+            folder or "the base",
             f"of {changes:,} weights that would change, vLLM's loader finds {held:,} in the model: it leaves some out.",
         )
 
@@ -155,17 +156,20 @@ def _check_prepared(folder: str | None, reports: Sequence[dict[str, Any]]) -> No
 def _check_accepted(folder: str | None, reports: Sequence[dict[str, Any]]) -> None:
     for report in reports:
         if "refused" in report:
-            raise AdapterRefusedError(str(folder), report["refused"])
+            raise AdapterRefusedError(folder or "the base", report["refused"])
+
+
+def _check_whole(reports: Sequence[dict[str, Any]]) -> None:
+    for report in reports:
+        if reason := report.get("broken"):
+            raise SwitchFailedError(f"{reason} The weights are no mask's and not the base's: restart vLLM.")
 
 
 def _in_force(folder: str | None, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what all workers say is in force."""
-    refused = [report for report in reports if "refused" in report]
-    if len(refused) == len(reports):
+    _check_whole(reports)
+    if all("refused" in report for report in reports):
         _check_accepted(folder, reports)
-    for report in reports:
-        if reason := report.get("broken") or report.get("refused"):
-            raise SwitchFailedError(f"{reason} The weights are no mask's and not the base's: restart vLLM.")
     if any(report != reports[0] for report in reports):
         raise SwitchFailedError(f"the workers are under several masks, {reports}: restart vLLM.")
     return reports[0]
