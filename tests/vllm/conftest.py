@@ -9,7 +9,7 @@ from tests.vllm import models
 
 # where vLLM is missing, `test_release.py` says so once for all of these
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore = ["test_contract.py", "test_mixed.py", "test_server.py", "test_switches.py"]
+    collect_ignore = [f"test_{name}.py" for name in ("contract", "mixed", "server", "switches", "two_workers")]
 
 
 @pytest.fixture(scope="session")
