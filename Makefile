@@ -96,7 +96,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@touch $@
 
 vllm: $(VLLM_READY) ## masks inside vLLM: switched, mixed in one batch, over HTTP; in .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm # vLLM warns, of sockets it leaves open and names it deprecates
 
 clean: ## remove the environments and the tools' caches
 	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -133,7 +133,8 @@ async def _call_async(rpc: Callable[..., Awaitable[list[Any]]], method: str, *ar
 
 
 def _explained(error: Exception, method: str) -> Exception:
-    if f"'{method}' is not implemented" not in str(error):  # which is all that comes from another process
+    said = str(error)  # all that comes from another process; vLLM has two ways to say it
+    if f"'{method}' is not implemented" not in said and f"has no attribute '{method}'" not in said:
         return error
     return RuntimeError(
         "this engine's workers cannot switch masks: start vLLM with --worker-extension-cls "

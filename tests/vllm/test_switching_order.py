@@ -176,8 +176,12 @@ def test_two_switches_of_a_server_come_one_after_the_other():
 
 
 def test_workers_without_the_extension_are_told_from_other_errors():
-    missing = NotImplementedError("Call failed: Method 'mask_in_force' is not implemented.")
-    for error, reason in ((missing, "--worker-extension-cls"), (OSError("gone"), "gone")):
+    start = "start vLLM with --worker-extension-cls"
+    for error, reason in (
+        (NotImplementedError("Method 'mask_in_force' is not implemented."), start),
+        (Exception("Worker failed with error ''CPUWorker' object has no attribute 'mask_in_force''"), start),
+        (OSError("gone"), "gone"),
+    ):
         with pytest.raises((RuntimeError, OSError), match=reason):
             mask_in_force(Steps(mask_in_force=error))
         with pytest.raises((RuntimeError, OSError), match=reason):
