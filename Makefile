@@ -92,6 +92,7 @@ gpu: $(READY) ## the tests and benchmarks of a CUDA device; results in benchmark
 	$(RUN) -m benchmarks.llama_step --device cuda
 	$(RUN) -m benchmarks.switch --device cuda --model BERT-base
 	$(RUN) -m benchmarks.mixed --device cuda
+	$(RUN) -m benchmarks.fleet --device cuda
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B
 	$(RUN) -m benchmarks.llama --device cuda --shape 7B --base nf4
 

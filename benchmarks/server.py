@@ -56,10 +56,10 @@ def questions(names: Sequence[str], count: int) -> list[tuple[str, str]]:
 class Apart(Classification):
     """Batches of one adapter each, as `@serve.batch` makes them of multiplexed requests."""
 
-    adapter = threading.local()
+    adapter = ""  # whom the next input is for
 
     def key(self, options: Any) -> object:
-        return self.adapter.name
+        return self.adapter
 
 
 class Held:
@@ -117,7 +117,7 @@ class Run:
 
         async def ask(name: str, text: str) -> None:
             if isinstance(batcher.task, Apart):
-                batcher.task.adapter.name = name
+                batcher.task.adapter = name
             await batcher.ask(name, text)
 
         await clients(ask, asked, self.latencies)

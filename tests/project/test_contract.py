@@ -56,6 +56,9 @@ PARAMETER_LAYER = "peft_mask.layers.stand_in:ParamWrapper"
 MASK_CALLBACK = "peft_mask.training.callback:MaskCallback"
 
 HOOKS = [
+    # serving over several processes
+    Hook("ray.serve.api:ingress", "builds the HTTP application in its replica", says="__serve_build_asgi_app__"),
+    Hook("ray.serve.handle:DeploymentHandle.broadcast", "tells all replicas of a new version", ("method_name",)),
     # registering
     Hook("peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING", "finds MaskConfig by the type in adapter_config.json"),
     Hook("peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING", "finds MaskModel"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from itertools import groupby
 
 import pytest
 
@@ -70,6 +71,28 @@ def test_every_row_of_a_mixed_batch_is_its_adapters_own(batcher, expected):
     assert batcher.statistics.batches - before == 1
     assert batcher.statistics.most_adapters == 3
     assert batcher.statistics.rows == 2 * len(QUESTIONS)
+
+
+def test_rows_of_one_adapter_stand_together_in_a_batch(batcher, monkeypatch):
+    orders = []
+    compute = batcher.task.compute
+    monkeypatch.setattr(
+        batcher.task,
+        "compute",
+        lambda model, rows, names, labels: orders.append(names) or compute(model, rows, names, labels),
+    )
+    questions = [("a", "w5"), ("b", "w6"), ("a", "w7"), ("c", "w8"), ("b", "w9"), ("a", "w40")]
+
+    async def work():
+        await ask_all(batcher, questions)
+        return await ask_all(batcher, questions)
+
+    answers = run(batcher, work)
+    groups = [(name, len(list(own))) for name, own in groupby(orders[-1])]
+    assert sorted(count for _, count in groups) == [count for _, count in groups] == [1, 2, 3]
+    assert [answer[0]["label"].split(".")[0] for answer in answers] == [
+        f"label {'abc'.index(name)}" for name, _ in questions
+    ]
 
 
 @pytest.mark.parametrize(("limit", "batches"), [({"max_rows": 4}, 3), ({"max_tokens": 18}, 4)])

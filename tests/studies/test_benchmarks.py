@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import codec, correction, fleet, large, llama, memory, mixed, residency, rules, step, switch
+from benchmarks import codec, correction, fleet, large, llama, memory, mixed, residency, rules, server, step, switch
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.harness import Times, in_turn, peak_bytes, report, table, together
 from benchmarks.loaded import Counts, Loaded
@@ -328,6 +328,15 @@ def test_adapters_in_memory_are_measured(tmp_path, monkeypatch):
     assert figures["adapters"] == 6
     assert 0 < figures["slot bytes"] < figures["weights"]
     assert "miss from memory" in (tmp_path / "residency-float32.md").read_text()
+
+
+def test_requests_to_a_server_are_timed_beside_loras(tmp_path, monkeypatch):
+    monkeypatch.setitem(server.SHAPES, "MiniLM-L6", TINY)
+    server.main(["--adapters", "3", "--requests", "24", "--rounds", "1"], tmp_path)
+    figures = json.loads((tmp_path / "server-float32.json").read_text())["figures"]
+    assert figures["ways"]["masks, mixed batches"]["rows a batch"] > 2
+    assert figures["ways"]["masks, single rows"]["rows a batch"] == 1
+    assert figures["http"]["requests a second"] > 0
 
 
 def test_ways_to_serve_a_fleet_are_compared(tmp_path, monkeypatch):
