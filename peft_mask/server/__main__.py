@@ -6,7 +6,7 @@ import os
 
 from transformers import HfArgumentParser
 
-from peft_mask.server.settings import TOKEN, ServerSettings
+from peft_mask.server.settings import ServerSettings, token
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def _serve(settings: ServerSettings) -> None:
     from peft_mask.server.service import Service
 
     batcher = load_batcher(settings)
-    app = create_app(Service(batcher), type(batcher.task), Limits.of(settings), os.environ.get(TOKEN))
+    app = create_app(Service(batcher), type(batcher.task), Limits.of(settings), token())
     print(
         f"{batcher.task.name}: {len(batcher.cache.names())} adapters at http://{settings.host}:{settings.port}/",
         flush=True,

@@ -7,7 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_mask.layers.rows import BASE
@@ -25,10 +25,10 @@ _STOPS = "the server stops: ask another one."
 class _Waiting:
     row: Row
     adapter: str  # the name of a slot
-    labels: Sequence[str]
-    lease: Lease | None
-    answer: asyncio.Future[Any]
+    labels: Sequence[str] = ()
+    lease: Lease | None = None
     is_computed: bool = False
+    answer: asyncio.Future[Any] = field(init=False)
 
     def give_back(self) -> None:
         if self.lease is not None:
@@ -84,6 +84,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="peft_mask-model")
         self._loop: asyncio.Task[None] | None = None
+        self._checking: asyncio.Future[Any] | None = None
         self._is_closing = False
 
     async def ask(self, adapter: str, item: object, **options: Any) -> Any:
@@ -102,24 +103,33 @@ class Batcher:
         """
         if adapter == BASE and not self.task.answers_base:
             raise InvalidInputError("the base has no head for this task: name an adapter.")
-        row = self.task.encode(item, options)
         if self._inside >= self.max_waiting:
             raise OverloadedError(f"{self.max_waiting} requests wait already: ask again later.")
+        row = self.task.encode(item, options)
         self._inside += 1
         try:
             lease = self.cache.lease([adapter])
             leased = await lease.__aenter__()
-            return await self._computed(row, leased[0], self._labels_of(leased.adapters[0]), lease)
+            waiting = _Waiting(row, leased[0], lease=lease)
+            try:
+                waiting.labels = self._labels_of(leased.adapters[0])
+                return await self._computed(waiting)
+            finally:
+                if not waiting.is_computed:  # who asked may go while the model computes with the adapter
+                    waiting.give_back()
         finally:
             self._inside -= 1
 
     async def check(self, text: str = "health") -> None:
-        """Compute one row with the base, before all that wait.
+        """Compute one row with the base, before all that wait. Who asks while it is computed gets what comes of that.
 
         Raises:
             Exception: whatever is wrong with the model.
         """
-        await self._computed(self.task.encode(text, {}), BASE, [""], None)
+        if self._checking is None or self._checking.done():
+            row = replace(self.task.encode(text, {}), key=object())  # in a batch of its own
+            self._checking = asyncio.ensure_future(self._computed(_Waiting(row, BASE, labels=[""])))
+        await asyncio.shield(self._checking)
 
     async def close(self) -> None:
         """Answer what is being computed, and tell all who wait that the server stops."""
@@ -142,20 +152,20 @@ class Batcher:
 
     # ---- in the event loop ----
 
-    async def _computed(self, row: Row, slot: str, labels: Sequence[str], lease: Lease | None) -> Any:
+    async def _computed(self, waiting: _Waiting) -> Any:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(row, slot, labels, lease, loop.create_future())
-        try:
-            if self._is_closing:
-                raise OverloadedError(_STOPS)
-            if self._loop is None:
-                self._loop = loop.create_task(self._run())
-            (self._queue.append if lease is not None else self._queue.appendleft)(waiting)
-            self._arrived.set()
-            return await waiting.answer
-        finally:
-            if not waiting.is_computed:  # who asked may go while the model computes with the adapter
-                waiting.give_back()
+        if self._is_closing:
+            raise OverloadedError(_STOPS)
+        if self._loop is None:
+            self._loop = loop.create_task(self._run())
+        elif self._loop.get_loop() is not loop:
+            raise RuntimeError(
+                "a Batcher belongs to the event loop that it was first asked in: make one for each loop."
+            )
+        waiting.answer = loop.create_future()
+        (self._queue.append if waiting.lease is not None else self._queue.appendleft)(waiting)
+        self._arrived.set()
+        return await waiting.answer
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -185,20 +195,21 @@ class Batcher:
         """Take the rows of the next batch out of the queue: who waits longest, and whoever fits beside."""
         batch: list[_Waiting] = []
         left: deque[_Waiting] = deque()
-        longest = 0
+        longest, most_new = 0, 0
         for waiting in self._queue:
             if waiting.answer.done():
                 continue
-            wide = max(longest, waiting.row.length)
+            wide, new = max(longest, waiting.row.length), max(most_new, waiting.row.new)
             fits = not batch or (
                 len(batch) < self.max_rows
                 and waiting.row.key == batch[0].row.key
-                and wide * (len(batch) + 1) <= self.max_tokens
+                and wide + new <= self.task.max_length  # each fits alone; padded to the longest all must
+                and (wide + new) * (len(batch) + 1) <= self.max_tokens
             )
             if fits:
                 waiting.is_computed = True
                 batch.append(waiting)
-                longest = wide
+                longest, most_new = wide, new
             else:
                 left.append(waiting)
         self._queue = left
@@ -212,19 +223,23 @@ class Batcher:
     def _compute(self, batch: Sequence[_Waiting]) -> list[Any]:
         """Return for each row its answer, or why there is none."""
         try:
-            answers = self.task.compute(
+            answers: list[Any] = self.task.compute(
                 self.cache.model,
                 [waiting.row for waiting in batch],
                 [waiting.adapter for waiting in batch],
                 [waiting.labels for waiting in batch],
             )
+            if len(answers) != len(batch):
+                raise RuntimeError(f"the task has {len(answers)} answers for {len(batch)} rows")
         except Exception as error:
-            if len(batch) > 1:
-                half = len(batch) // 2
-                return self._compute(batch[:half]) + self._compute(batch[half:])
-            self.statistics.failures += 1
-            _log.exception("a row of %s tokens for %s failed", batch[0].row.length, batch[0].adapter)
-            return [error]
-        adapters = {waiting.adapter for waiting in batch}
-        self.statistics.count(len(batch), len(adapters), sum(waiting.row.length for waiting in batch))
-        return answers
+            failed: Exception = error if not isinstance(error, StopIteration) else RuntimeError("the task stopped")
+            _log.warning("a batch of %s rows failed", len(batch), exc_info=True)
+        else:
+            adapters = {waiting.adapter for waiting in batch}
+            self.statistics.count(len(batch), len(adapters), sum(waiting.row.length for waiting in batch))
+            return answers
+        self.statistics.failures += 1
+        if len(batch) == 1:
+            return [failed.with_traceback(None)]  # which would hold on to tensors
+        half = len(batch) // 2
+        return self._compute(batch[:half]) + self._compute(batch[half:])

@@ -21,24 +21,22 @@ class LimitedBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        messages, size = [], 0
         said = dict(scope["headers"]).get(b"content-length", b"0")
         size = int(said) if said.isdigit() else 0
-        received = 0
-        while size <= self.most:
+        body, more = bytearray(), True
+        while more and size <= self.most:
             message = await receive()
-            messages.append(message)
-            received += len(message.get("body", b""))
-            size = max(size, received)
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
+            if message["type"] != "http.request":
+                return  # who asked has gone
+            body += message.get("body", b"")
+            size, more = max(size, len(body)), message.get("more_body", False)
         if size > self.most:
             await self._refuse(send)
             return
-        waiting = iter(messages)
+        whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Any:
-            return next(waiting, None) or await receive()
+            return next(whole, None) or await receive()
 
         await self.app(scope, replay, send)
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -24,7 +23,7 @@ from peft_mask.server.errors import LostReplicaError, OverloadedError, as_data
 from peft_mask.server.http import Limits, create_app
 from peft_mask.server.loading import load_batcher, task_of
 from peft_mask.server.service import Outcome, Question, Service
-from peft_mask.server.settings import TOKEN, ServerSettings, settings_of
+from peft_mask.server.settings import ServerSettings, settings_of, token
 
 _LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSES = (0.0, 0.2, 1.0, 3.0)  # seconds before each try; the router learns of a death within the first
@@ -42,7 +41,9 @@ class Replica:
         self._seconds = settings.timeout
 
     async def answers(self, questions: Sequence[Question], options: Mapping[str, Any]) -> list[Outcome]:
-        return await self._service.answers(questions, options)
+        return await asyncio.wait_for(
+            self._service.answers(questions, options), self._seconds
+        )  # who asked is gone then
 
     async def adapters(self) -> list[str]:
         return await self._service.adapters()
@@ -73,10 +74,13 @@ class Replicas:
         for place, (name, _) in enumerate(questions):
             places[self._order(name)[0]].append(place)
         parts = await asyncio.gather(
-            *(self._ask([questions[place] for place in own], options) for own in places.values())
+            *(self._ask([questions[place] for place in own], options) for own in places.values()),
+            return_exceptions=True,
         )
         found: dict[int, Outcome] = {}
         for own, part in zip(places.values(), parts, strict=True):
+            if isinstance(part, BaseException):
+                part = [{"error": as_data(part)}] * len(own)
             found.update(zip(own, part, strict=True))
         return [found[place] for place in range(len(questions))]
 
@@ -84,11 +88,16 @@ class Replicas:
         return await self._tried([*range(len(self._handles))], lambda handle: handle.adapters.remote())
 
     async def refresh(self, name: str) -> list[Outcome]:
-        return [
-            {"error": as_data(each)} if isinstance(each, Exception) else each[0]
-            for each in await self._everywhere("refresh", name)
-            if not isinstance(each, _LOST)  # what comes in its place reads the new version
-        ]
+        found: list[Outcome] = []
+        for each in await self._everywhere("refresh", name):
+            if isinstance(each, ActorDiedError):
+                continue  # what comes in its place reads the new version
+            if isinstance(each, _LOST):
+                each = LostReplicaError(f"a replica could not be told ({type(each).__name__}): ask again later.")
+            found.append({"error": as_data(each)} if isinstance(each, Exception) else each[0])
+        if not found:
+            raise LostReplicaError("no replica was there: ask again later.")
+        return found
 
     async def figures(self) -> list[dict[str, float]]:
         return [each[0] for each in await self._everywhere("figures") if not isinstance(each, Exception)]
@@ -149,7 +158,7 @@ class Ingress:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Return the application for Ray: a builder for `serve run`, `serve build` and configurations.
+    """Return the application for Ray: a builder for `serve run` and for configurations.
 
     Deployments are `Replica` and `Ingress`; how many of each there are, on what machines and with how many cores and
     GPUs, is Ray's own configuration, and has the last word over `replicas`. With `affinity` there are deployments
@@ -176,4 +185,4 @@ def build(args: dict[str, Any]) -> serve.Application:
         for name in names
     ]
     ingress = serve.deployment(Ingress).options(max_ongoing_requests=settings.max_waiting * settings.replicas)
-    return ingress.bind([each.bind(settings) for each in replicas], settings, os.environ.get(TOKEN))
+    return ingress.bind([each.bind(settings) for each in replicas], settings, token())

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from peft_mask.server.body import LimitedBody
-from peft_mask.server.errors import InvalidInputError, LostReplicaError, OverloadedError, as_data, status_of
+from peft_mask.server.errors import INTERNAL, InvalidInputError, LostReplicaError, OverloadedError, as_data, status_of
 from peft_mask.server.metrics import HttpMetrics
 from peft_mask.server.schemas import question_model, rows_of
 from peft_mask.server.service import Backend, Outcome, Question
@@ -54,7 +54,8 @@ def create_app(backend: Backend, task: type[Task], limits: Limits | None = None,
         backend: what computes.
         task: what it computes.
         limits: of a request.
-        token: what `Authorization: Bearer` has to say for anything but the page and `/health`; None for nothing.
+        token: what `Authorization: Bearer` has to say for anything but the page, `/health` and the documentation of
+            the interface; None for nothing.
     """
     limits = limits or Limits()
     app = FastAPI(title="peft-mask", description=f"{task.__name__} by many adapters of one base model.")
@@ -65,12 +66,14 @@ def create_app(backend: Backend, task: type[Task], limits: Limits | None = None,
 
     @app.middleware("http")
     async def count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        start = time.perf_counter()
-        response = await call(request)
-        route = request.scope.get("route")  # not the address: anybody can make up new ones
-        path = getattr(route, "path", "other")
-        metrics.count(path, response.status_code, time.perf_counter() - start)
-        return response
+        start, status = time.perf_counter(), INTERNAL
+        try:
+            response = await call(request)
+            status = response.status_code
+            return response
+        finally:
+            route = request.scope.get("route")  # not the address: anybody can make up new ones
+            metrics.count(getattr(route, "path", "other"), status, time.perf_counter() - start)
 
     asked = question_model(task)
 
@@ -82,7 +85,7 @@ def create_app(backend: Backend, task: type[Task], limits: Limits | None = None,
 
     @app.get("/v1/models", dependencies=guard, summary="The adapters there are.")
     async def models() -> dict[str, Any]:
-        names = [*await backend.adapters(), *(["__base__"] if task.answers_base else [])]
+        names = [*await _in_time(backend.adapters(), limits.seconds), *(["__base__"] if task.answers_base else [])]
         data = [{"id": name, "object": "model", "owned_by": "peft-mask"} for name in names]
         return {"object": "list", "task": task.name, "path": task.path, "data": data}
 
@@ -103,7 +106,9 @@ def create_app(backend: Backend, task: type[Task], limits: Limits | None = None,
 
     @app.get("/metrics", dependencies=guard, summary="Figures for Prometheus.")
     async def figures() -> Response:
-        return Response(metrics.text(await backend.figures()), media_type="text/plain; version=0.0.4")
+        return Response(
+            metrics.text(await _in_time(backend.figures(), limits.seconds)), media_type="text/plain; version=0.0.4"
+        )
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -140,8 +145,11 @@ async def _in_time(work: Awaitable[Any], seconds: float) -> Any:
 
 def _checking(token: str | None) -> Callable[..., None]:
     def check(authorization: Annotated[str | None, Header()] = None) -> None:
-        said = (authorization or "").removeprefix("Bearer ").encode()
-        if token is not None and not hmac.compare_digest(said, token.encode()):
+        scheme, _, said = (authorization or "").partition(" ")
+        is_right = (
+            scheme.lower() == "bearer" and token is not None and hmac.compare_digest(said.encode(), token.encode())
+        )
+        if token is not None and not is_right:
             message = "send the server's token as 'Authorization: Bearer TOKEN'."
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 

@@ -66,7 +66,14 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     except OSError as error:
         raise ValueError(f"the base '{settings.base}' cannot be loaded: {error}") from error
     length = settings.max_length or _longest(base, tokenizer)
-    pooling = {"pooling": settings.pooling or _pooling_of(settings.base)} if task is Embeddings else {}
+    own: dict[str, Any] = {}
+    if task is Embeddings:
+        own = {"pooling": settings.pooling or _pooling_of(settings.base)}
+    if task is Generation:
+        own = {"max_new_tokens": settings.max_new_tokens, "max_seconds": settings.timeout}
+    made = task(tokenizer, length, **own)
+    if base.config.pad_token_id is None:  # by which a classifier finds the last token of each row
+        base.config.pad_token_id = tokenizer.pad_token_id
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         model = get_peft_model(base, pattern, adapter_name="none").eval()
@@ -79,7 +86,7 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     )
     return Batcher(
         cache,
-        task(tokenizer, length, **pooling),
+        made,
         max_rows=settings.max_rows,
         max_tokens=settings.max_tokens,
         max_wait=settings.max_wait,
@@ -100,7 +107,7 @@ def _adapters_in(folder: Path) -> list[tuple[MaskConfig, Shapes]]:
             with safe_open(place / TENSORS, "pt") as file:
                 shapes = {module_name(key): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             found.append((config, shapes))
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
             refused.append(f"{place.name}: {error}")
     if not found:
         raise ValueError(f"'{folder}' holds no mask that can be read. {' '.join(refused[:3])}".rstrip())

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from peft_mask.server.batcher import Batcher
@@ -73,5 +74,6 @@ class Service:
         data = as_data(error)
         source = self.batcher.cache.source
         if isinstance(source, (str, os.PathLike)):  # where it is, is nobody's business
-            data["message"] = str(data["message"]).replace(f"{os.fspath(source).rstrip('/')}", "the source")
+            root = f"'{Path(source)}"
+            data["message"] = str(data["message"]).replace(f"{root}/", "'").replace(f"{root}'", "the source")
         return {"error": data}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,7 @@ class ServerSettings:
     )
     max_length: int = field(default=0, metadata={"help": "Tokens of a text; 0 for as many as the base can take."})
     max_bytes: str = field(default="2GB", metadata={"help": "What coded adapters may take in memory."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Tokens that an answer of generation may have."})
     slots: int = field(default=64, metadata={"help": "Adapters that may be in use at a time."})
     max_rows: int = field(default=32, metadata={"help": "Rows of a batch."})
     max_tokens: int = field(default=16_384, metadata={"help": "Tokens of a batch, padding included."})
@@ -55,14 +57,39 @@ class ServerSettings:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {[*choices]}, got {getattr(self, name)!r}.")
-        for name in ("slots", "max_rows", "max_tokens", "max_waiting", "max_questions", "max_body", "replicas"):
+        for name in (
+            "slots",
+            "max_rows",
+            "max_tokens",
+            "max_waiting",
+            "max_questions",
+            "max_body",
+            "max_new_tokens",
+            "replicas",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("threads", "num_labels", "max_length", "max_wait"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.max_questions > self.max_waiting:
+            raise ValueError(
+                f"max_questions must be at most max_waiting, which is {self.max_waiting}: got {self.max_questions}. So "
+                "large a request would never fit."
+            )
         if self.timeout <= 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}.")
+
+
+def token() -> str | None:
+    """Return what requests have to say, from the environment; None if nothing is to be said.
+
+    Raises:
+        ValueError: it is empty, as a variable is that was meant to be set.
+    """
+    if (said := os.environ.get(TOKEN)) is not None and not said.strip():
+        raise ValueError(f"{TOKEN} is empty: give it a value, or unset it for a server that asks for no token.")
+    return said
 
 
 def settings_of(said: dict[str, Any]) -> ServerSettings:

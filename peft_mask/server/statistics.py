@@ -14,7 +14,7 @@ class Statistics:
         batches: calls of the model that answered them.
         adapters: the adapters of each of these calls, summed: above `batches` where batches are mixed.
         tokens: those of the inputs, without padding.
-        failures: inputs at which the model failed.
+        failures: calls of the model that failed; the rows of a batch are tried again in halves.
         most_adapters: of one call.
     """
 

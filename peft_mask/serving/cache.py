@@ -164,13 +164,17 @@ class AdapterCache:
         deadline = time.monotonic() + self.timeout
         with self._lock:
             self._check_open()
-            self._flights.forget(name)
-            if self._resident.get(name) is None:
+            self._flights.forget(check_name(name))
+            if self._resident.get(name) is None and not self._flights.look_anew(name):
                 return False
         with self._counting_refusals():
             folder = self._loads.find(name)
             with self._turns.turn(deadline):
                 self._check_open()
+                if (
+                    self._resident.get(name) is None
+                ):  # who still loads it comes after this turn, and reads it as it is now
+                    return False
                 coded = self._read(name, folder)
                 with self._lock, self._rooms.asking():
                     old = self._resident.get(name)

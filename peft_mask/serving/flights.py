@@ -75,6 +75,13 @@ class Flights:
                 del self._refused[next(iter(self._refused))]
             self._refused[name] = self.clock() + self.seconds, error
 
+    def look_anew(self, name: str) -> bool:
+        """Let those who load an adapter look for its folder anew; returns whether there are any."""
+        if (flight := self._going_on.get(name)) is None:
+            return False
+        flight.folder = None
+        return True
+
     def forget(self, name: str) -> None:
         """Forget that an adapter was refused."""
         self._refused.pop(name, None)

@@ -7,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from peft_mask.server import Limits, Service, create_app, load_batcher
+from peft_mask.server.body import LimitedBody
 from peft_mask.server.tasks import Classification
 from tests.server.places import KINDS, NAMES, TEXTS, Place
 
@@ -41,6 +42,9 @@ class Broken(Service):
 
     async def check(self):
         await self.answers((), {})
+
+    async def figures(self):
+        return []
 
 
 def test_one_question_has_one_answer(client, expected):
@@ -124,13 +128,31 @@ def test_an_error_does_not_tell_where_adapters_are(tmp_path):
             assert str(tmp_path) not in error["message"]
 
 
-@pytest.mark.parametrize("tell", [True, False], ids=["with a length", "without"])
-def test_a_request_that_is_too_large_is_refused_while_it_comes(service, tell):
-    body = b'{"model": "a", "input": "' + b"w" * 2000 + b'"}'
+def test_a_request_that_is_too_large_is_refused(service):
     with client_of(service, body=1000) as client:
-        response = client.post("/v1/classify", content=body if tell else iter([body[:900], body[900:]]))
+        response = client.post("/v1/classify", content=b'{"model": "a", "input": "' + b"w" * 2000 + b'"}')
     assert response.status_code == 413
     assert "expected at most 1,000 bytes" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("chunks", "status"), [(9, 200), (11, 413)])
+def test_a_request_in_pieces_is_put_together_or_refused_while_it_comes(chunks, status):
+    received, sent = iter(range(chunks)), []
+
+    async def receive():
+        number = next(received)
+        return {"type": "http.request", "body": b"x" * 100, "more_body": number < chunks - 1}
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        message = await receive()
+        assert message == {"type": "http.request", "body": b"x" * 100 * chunks, "more_body": False}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    asyncio.run(LimitedBody(app, 1000)({"type": "http", "headers": []}, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_a_token_is_asked_for_if_there_is_one(service):
@@ -138,7 +160,9 @@ def test_a_token_is_asked_for_if_there_is_one(service):
         for path in ("/v1/models", "/metrics"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert client.get(path, headers={"Authorization": "secret"}).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+            assert client.get(path, headers={"Authorization": "bearer secret"}).status_code == 200
         refused = client.post("/v1/classify", json={"model": "a", "input": "w5"})
         assert refused.status_code == 401
         assert "Authorization: Bearer" in refused.json()["error"]["message"]
@@ -216,5 +240,7 @@ def test_a_request_that_takes_too_long_is_given_up():
 def test_an_error_of_the_server_itself_is_told_by_its_kind_alone():
     with client_of(Broken(KeyError("/secret/path"))) as client:
         response = client.post("/v1/classify", json={"model": "a", "input": "w5"})
+        text = client.get("/metrics").text
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "the server failed at this row (KeyError)."
+    assert 'peft_mask_requests_total{path="/v1/classify",status="500"} 1.0' in text

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_mask import AdapterRefusedError
 from peft_mask.server import Embeddings, ServerSettings, load_batcher
-from peft_mask.server.settings import settings_of
+from peft_mask.server.settings import TOKEN, settings_of, token
 from tests.server.places import KINDS, TEXTS, Place
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -137,6 +137,7 @@ def test_pooling_is_that_of_the_bases_folder(places):
         ({"base": "b", "adapters": "a", "slots": 0}, "slots must be at least 1, got 0"),
         ({"base": "b", "adapters": "a", "task": "translate"}, "task must be one of .*, got 'translate'"),
         ({"base": "b", "adapters": "a", "timeout": "0"}, "timeout must be above 0 seconds"),
+        ({"base": "b", "adapters": "a", "max_waiting": 10}, "max_questions must be at most max_waiting, which is 10"),
         ({"base": "b", "adapters": "a", "threads": -1}, "threads must be at least 0"),
         ({"base": "b", "adapters": "a", "affinity": "maybe"}, "affinity must be true or false, got 'maybe'"),
     ],
@@ -150,6 +151,16 @@ def test_settings_may_be_strings_as_on_rays_command_line():
     said = {"base": "b", "adapters": "a", "slots": "8", "timeout": "2.5", "affinity": "true", "task": "tag"}
     settings = settings_of(said)
     assert (settings.slots, settings.timeout, settings.affinity, settings.task) == (8, 2.5, True, "tag")
+
+
+def test_an_empty_token_is_refused(monkeypatch):
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert token() is None
+    monkeypatch.setenv(TOKEN, "secret")
+    assert token() == "secret"
+    monkeypatch.setenv(TOKEN, "")
+    with pytest.raises(ValueError, match="PEFT_MASK_SERVER_TOKEN is empty"):
+        token()
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):

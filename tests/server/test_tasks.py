@@ -86,17 +86,17 @@ def test_generation_stops_at_each_rows_own_number_of_tokens(places, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 63, got 0"),
-        ({"max_tokens": 64}, "max_tokens must be a whole number from 1 to 63, got 64"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 40, got 0"),
+        ({"max_tokens": 64}, "max_tokens must be a whole number from 1 to 40, got 64"),
         ({"temperature": -1}, "temperature must be a number from 0.0 to 2.0, got -1"),
         ({"temperature": float("nan")}, "temperature must be a number"),
         ({"top_p": 0}, "top_p must be above 0"),
-        ({"max_tokens": 60}, "a text of 7 tokens is too long: expected at most 4"),
+        ({"max_tokens": 40}, "a text of 27 tokens is too long: expected at most 24"),
     ],
 )
 def test_generation_refuses_options_without_meaning(options, message):
     with pytest.raises(InvalidInputError, match=message):
-        Generation(tiny_tokenizer(), 64).encode(TEXTS[1], options)
+        Generation(tiny_tokenizer(), 64, max_new_tokens=40).encode("w5 " * 27, options)
 
 
 def test_vectors_can_be_asked_for_in_base64(places):

@@ -2,12 +2,14 @@
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 
 from peft_mask import AdapterCache, AdapterRefusedError
-from tests.serving.fleet import NAMES, alone, answer, ask, check_rows, in_threads, trace
+from peft_mask.serving.coded import read_adapter
+from tests.serving.fleet import NAMES, SECONDS, alone, answer, ask, check_rows, in_threads, trace
 
 
 @pytest.fixture
@@ -37,6 +39,31 @@ def test_a_new_version_is_for_leases_from_now_on(shelf, model, expected):
         assert (cache.stats().adapters, cache.stats().slots) == (3, 3)
     assert (cache.stats().adapters, cache.stats().slots) == (2, 2)  # the old one went with its last lease
     assert cache.stats().evictions == 0
+
+
+def test_a_version_that_is_being_read_while_a_new_one_comes_does_not_stay(shelf, model, expected, monkeypatch):
+    place, put = shelf
+    cache = AdapterCache(model, place)
+    has_read, go_on = threading.Event(), threading.Event()
+
+    def reading(*args):
+        found = read_adapter(*args)
+        if not has_read.is_set():
+            has_read.set()
+            assert go_on.wait(SECONDS)
+        return found
+
+    monkeypatch.setattr("peft_mask.serving.cache.read_adapter", reading)
+    with ThreadPoolExecutor(2) as pool:
+        leasing = pool.submit(ask, cache, model, ["x"], {"x": expected[NAMES[1]]})
+        assert has_read.wait(SECONDS)
+        put(NAMES[2])
+        refreshing = pool.submit(cache.refresh, "x")
+        wait([refreshing], 0.2)  # it waits for its turn
+        go_on.set()
+        leasing.result(SECONDS)
+        assert refreshing.result(SECONDS) is True
+    ask(cache, model, ["x"], {"x": expected[NAMES[2]]})
 
 
 def test_a_version_that_comes_back_while_it_is_leased_is_the_same_one(shelf, model, expected):

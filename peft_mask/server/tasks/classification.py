@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_mask.server.tasks.task import Row, Task, whole
+from peft_mask.server.tasks.task import Row, Task, check_finite, whole
 
 
 class Classification(Task):
@@ -55,5 +55,6 @@ def scores_of(logits: torch.Tensor, kind: str | None) -> torch.Tensor:
 
 def _ranked(logits: torch.Tensor, labels: Sequence[str], top_k: int, kind: str | None) -> list[dict[str, Any]]:
     scores, order = scores_of(logits, kind).sort(descending=True, stable=True)
+    check_finite(scores)
     best = zip(scores[:top_k].tolist(), order[:top_k].tolist(), strict=True)
     return [{"label": labels[place], "score": score} for score, place in best]

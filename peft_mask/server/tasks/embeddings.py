@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_mask.server.errors import InvalidInputError
-from peft_mask.server.tasks.task import Row, Task
+from peft_mask.server.tasks.task import Row, Task, check_finite
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -63,6 +63,7 @@ class Embeddings(Task):
         vectors = pooled(states, batch["attention_mask"], self.pooling)
         if self.normalize:
             vectors = nn.functional.normalize(vectors, dim=-1)
+        check_finite(vectors)
         return vectors.cpu().tolist()
 
     @classmethod

@@ -22,6 +22,8 @@ class Generation(Task):
     Args:
         tokenizer: that of the base model; it pads on the left from now on.
         max_length: how many tokens prompt and answer may have together.
+        max_new_tokens: how many of these an answer may have.
+        max_seconds: for how long a batch is computed; an answer that is not done then ends there, with "length".
     """
 
     name = "generate"
@@ -32,16 +34,19 @@ class Generation(Task):
     input = "prompt"
     entries = "choices"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        max_new_tokens: int = 512,
+        max_seconds: float = 60.0,
+    ) -> None:
         super().__init__(tokenizer, max_length)
         tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set one to pad batches with.")
-            tokenizer.pad_token = tokenizer.eos_token
+        self.max_new_tokens, self.max_seconds = min(max_new_tokens, self.max_length - 1), max_seconds
 
     def check(self, options: Mapping[str, Any]) -> None:
-        whole(options, "max_tokens", 1, self.max_length - 1)
+        whole(options, "max_tokens", 1, self.max_new_tokens)
         for name, low, high in (("temperature", 0.0, 2.0), ("top_p", 0.0, 1.0)):
             value = options[name]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -49,8 +54,8 @@ class Generation(Task):
         if options["top_p"] == 0:
             raise InvalidInputError("top_p must be above 0: it is the share of likely tokens that is drawn from.")
 
-    def room(self, options: Mapping[str, Any]) -> int:
-        return self.max_length - int(options["max_tokens"])
+    def new(self, options: Mapping[str, Any]) -> int:
+        return int(options["max_tokens"])
 
     def key(self, options: Mapping[str, Any]) -> object:
         return float(options["temperature"]), float(options["top_p"])
@@ -69,7 +74,8 @@ class Generation(Task):
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             adapter_names=adapters,
-            max_new_tokens=max(row.options["max_tokens"] for row in rows),
+            max_new_tokens=max(row.new for row in rows),
+            max_time=self.max_seconds,
             do_sample=bool(temperature),
             pad_token_id=self.tokenizer.pad_token_id,
             **sampling,
@@ -79,7 +85,7 @@ class Generation(Task):
         return [self._answer(row, own, ends) for row, own in zip(rows, new, strict=True)]
 
     def _answer(self, row: Row, tokens: list[int], ends: frozenset[int]) -> dict[str, Any]:
-        tokens = tokens[: row.options["max_tokens"]]
+        tokens = tokens[: row.new]
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
         kept = tokens if end is None else tokens[:end]
         return {

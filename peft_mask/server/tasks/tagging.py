@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peft_mask.server.errors import InvalidInputError
-from peft_mask.server.tasks.task import Row, Task
+from peft_mask.server.tasks.task import Row, Task, check_finite
 
 
 class Tagging(Task):
@@ -61,6 +61,7 @@ class Tagging(Task):
 
 def _tagged(row: Row, scores: torch.Tensor, labels: Sequence[str]) -> dict[str, Any]:
     text, words = row.details
+    check_finite(scores)
     best, places = scores[[first for first, _, _ in words]].max(-1) if words else (scores[:0, 0], scores[:0, 0])
     found = [
         {"word": text[start:end], "label": labels[int(place)], "score": score, "start": start, "end": end}

@@ -21,6 +21,7 @@ class Row:
     Attributes:
         features: what the tokenizer made of it, lists without a batch dimension.
         length: how many tokens these are.
+        new: how many more the answer may have.
         key: rows are computed together only if theirs are equal.
         options: what the request said beside its input.
         details: what the answer needs of the input.
@@ -28,6 +29,7 @@ class Row:
 
     features: Mapping[str, Any]
     length: int
+    new: int = 0
     key: object = None
     options: Mapping[str, Any] = field(default_factory=dict)
     details: Any = None
@@ -59,6 +61,10 @@ class Task(ABC):
     entries: ClassVar[str] = "data"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set one to pad batches with.")
+            tokenizer.pad_token = tokenizer.eos_token
         said = tokenizer.model_max_length
         self.tokenizer = tokenizer
         self.max_length = max_length or (said if said < 1 << 20 else 512)  # a tokenizer that does not know says 10^30
@@ -83,12 +89,13 @@ class Task(ABC):
             raise InvalidInputError(f"a text of {characters} characters is too long: expected at most {longest}.")
         encoded = self.tokenizer(*texts, **self.tokenization())
         features = {name: encoded[name] for name in self.tokenizer.model_input_names if name in encoded}
-        length = len(features["input_ids"])
-        if length > self.room(chosen):
-            raise InvalidInputError(
-                f"a text of {length} tokens is too long: expected at most {self.room(chosen)}. Shorten it, or cut it."
-            )
-        return Row(features, length, self.key(chosen), chosen, self.details(texts, encoded))
+        length, new = len(features["input_ids"]), self.new(chosen)
+        if not length:
+            raise InvalidInputError("an input is empty: the tokenizer finds nothing in it.")
+        if length + new > self.max_length:
+            most = self.max_length - new
+            raise InvalidInputError(f"a text of {length} tokens is too long: expected at most {most}. Shorten it.")
+        return Row(features, length, new, self.key(chosen), chosen, self.details(texts, encoded))
 
     def compute(
         self, model: nn.Module, rows: Sequence[Row], adapters: Sequence[str], labels: Sequence[Sequence[str]]
@@ -137,9 +144,9 @@ class Task(ABC):
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 - most tasks have nothing to check
         """Refuse options that have no meaning."""
 
-    def room(self, options: Mapping[str, Any]) -> int:
-        """Return how many tokens an input may have."""
-        return self.max_length
+    def new(self, options: Mapping[str, Any]) -> int:
+        """Return how many tokens an answer may have, which stand behind those of the input."""
+        return 0
 
     def key(self, options: Mapping[str, Any]) -> object:
         """Return what must be equal in rows that are computed together."""
@@ -160,6 +167,16 @@ def whole(options: Mapping[str, Any], name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidInputError(f"{name} must be a whole number from {low} to {high}, got {value!r}.")
     return value
+
+
+def check_finite(numbers: torch.Tensor) -> None:
+    """Refuse an answer that is no answer, as of weights that overflow in 16 bits.
+
+    Raises:
+        ArithmeticError: one of them is infinite, or none.
+    """
+    if not numbers.isfinite().all():
+        raise ArithmeticError("the model's answer is not finite")
 
 
 def device_of(model: nn.Module) -> torch.device:
