@@ -1,6 +1,6 @@
 """Requests of many clients for many tasks, through a server's batcher: masks, LoRA and the base, mixed batches and not.
 
-python -m benchmarks.server [--adapters 40] [--requests 640] [--rounds 5] [--dtype float32]
+python -m benchmarks.server [--adapters 40] [--requests 256] [--rounds 3] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ async def over_http(address: str, asked: Sequence[tuple[str, str]], latencies: l
 def main(arguments: Sequence[str] | None = None, folder: Path | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=40)
-    parser.add_argument("--requests", type=int, default=640)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="MiniLM-L6")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)
