@@ -15,6 +15,14 @@ from peft_mask import MaskConfig, create_mask_optimizer
 from peft_mask.training.uninterrupted import interrupted_afterwards
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_as_in_a_terminal():
+    """A shell that starts something in the background lets it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class At(TorchDispatchMode):
     """Does something before the n-th operation; counts them."""
 
