@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 from peft_mask.server.batcher import Batcher
 from peft_mask.server.errors import as_data
+from peft_mask.serving.source import without_place
 
 Question = tuple[str, object]  # the name of an adapter, and an input
 Outcome = dict[str, Any]  # {"output": ...}, or {"error": ...} as `errors.as_data` gives it
@@ -72,8 +71,4 @@ class Service:
 
     def _told(self, error: Exception) -> Outcome:
         data = as_data(error)
-        source = self.batcher.cache.source
-        if isinstance(source, (str, os.PathLike)):  # where it is, is nobody's business
-            root = f"'{Path(source)}"
-            data["message"] = str(data["message"]).replace(f"{root}/", "'").replace(f"{root}'", "the source")
-        return {"error": data}
+        return {"error": data | {"message": without_place(str(data["message"]), self.batcher.cache.source)}}

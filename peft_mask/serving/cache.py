@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from peft_mask.layers.rows import BASE
 from peft_mask.serving.coded import CodedAdapter, read_adapter
 from peft_mask.serving.errors import AdapterRefusedError
 from peft_mask.serving.flights import Flight, Flights
-from peft_mask.serving.lease import Adapter, Lease, Rows
+from peft_mask.serving.lease import Grant, Lease, Rows
 from peft_mask.serving.loads import Loads
 from peft_mask.serving.resident import Version
 from peft_mask.serving.rooms import Rooms
@@ -27,12 +27,6 @@ from peft_mask.serving.statistics import CacheStatistics
 from peft_mask.serving.turns import Turns
 
 _WAITING_TASKS = 4  # threads that wait for tasks of asyncio; those that wait longest do so in one queue anyway
-
-
-@dataclass(eq=False)
-class _Grant:
-    rows: Rows
-    versions: list[Version]
 
 
 class AdapterCache:
@@ -247,7 +241,7 @@ class AdapterCache:
 
     # ---- leases ----
 
-    def _at_once(self, rows: Sequence[str]) -> _Grant | None:
+    def _at_once(self, rows: Sequence[str]) -> Grant | None:
         """Lease adapters that are in slots already; None if one is not."""
         with self._counting_refusals(), self._lock:
             self._check_open()
@@ -257,7 +251,7 @@ class AdapterCache:
             self._count(hits=len(ready), misses=len(wanted) - len(ready))
             return self._granted(rows, ready) if len(ready) == len(wanted) else None
 
-    def _wait(self, rows: Sequence[str], deadline: float) -> _Grant:
+    def _wait(self, rows: Sequence[str], deadline: float) -> Grant:
         """Bring adapters into slots, and lease them."""
         held: list[Version] = []
         with self._counting_refusals(), ExitStack() as stack:
@@ -279,7 +273,7 @@ class AdapterCache:
                         for version in held:
                             if version.slot is None:
                                 self._rooms.fill(version, held, deadline)
-                    return _Grant(self._rows_of(rows, held), held)
+                    return Grant(Rows.of(rows, held), held)
                 except BaseException:
                     self._rooms.release(held)
                     raise
@@ -295,20 +289,12 @@ class AdapterCache:
             )
         return wanted
 
-    def _granted(self, rows: Sequence[str], versions: Sequence[Version]) -> _Grant:
+    def _granted(self, rows: Sequence[str], versions: Sequence[Version]) -> Grant:
         for version in versions:
             self._resident.use(version)
-        return _Grant(self._rows_of(rows, versions), list(versions))
+        return Grant(Rows.of(rows, versions), list(versions))
 
-    @staticmethod
-    def _rows_of(names: Sequence[str], versions: Sequence[Version]) -> Rows:
-        slots = {version.name: version.slot for version in versions}
-        adapters = {
-            own.name: Adapter(own.name, own.coded.digest, own.coded.labels, own.coded.num_labels) for own in versions
-        }
-        return Rows([BASE if name == BASE else str(slots[name]) for name in names], map(adapters.get, names))
-
-    def _give_back(self, grant: _Grant) -> None:
+    def _give_back(self, grant: Grant) -> None:
         self._rooms.release(grant.versions)
 
     # ---- from the source into memory ----

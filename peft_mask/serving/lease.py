@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
+
+from peft_mask.layers.rows import BASE
+from peft_mask.serving.resident import Version
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,22 @@ class Rows(list[str]):
         super().__init__(slots)
         self.adapters = tuple(adapters)
 
+    @classmethod
+    def of(cls, names: Sequence[str], versions: Iterable[Version]) -> Rows:
+        """Return the rows of some names, whose versions are in slots."""
+        slots, adapters = {BASE: BASE}, {}
+        for own in versions:
+            slots[own.name] = str(own.slot)
+            adapters[own.name] = Adapter(own.name, own.coded.digest, own.coded.labels, own.coded.num_labels)
+        return cls(map(slots.__getitem__, names), map(adapters.get, names))
 
-class Grant(Protocol):
-    """What a lease got."""
+
+@dataclass(eq=False)
+class Grant:
+    """What a lease got: names of slots, and the versions in them."""
 
     rows: Rows
+    versions: list[Version]
 
 
 class Lease:

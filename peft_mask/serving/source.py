@@ -57,6 +57,14 @@ def locator(source: Source) -> Callable[[str], Path]:
     raise TypeError(f"source must be a folder, a mapping or a callable, got a {type(source).__name__}.")
 
 
+def without_place(message: str, source: Source) -> str:
+    """Return a message for strangers: of a source that is a folder it does not say where that is."""
+    if not isinstance(source, (str, os.PathLike)):
+        return message
+    root = f"'{Path(source)}"
+    return message.replace(f"{root}/", "'").replace(f"{root}'", "the source")
+
+
 def names_of(source: Source) -> list[str]:
     """Return the names that a source has now, sorted: of a folder those that could be an adapter's.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_mask.serving.errors import AdapterRefusedError, UnknownAdapterError
-from peft_mask.serving.source import CONFIG, check_name, locator
+from peft_mask.serving.source import check_name, locator, names_of, without_place
 from peft_mask.vllm.release import check_release
 from peft_mask.vllm.switching import SwitchFailedError, mask_in_force_async, switch_mask_async
 
@@ -74,8 +74,8 @@ class MaskEndpoint:
 
     def _named(self, report: dict[str, Any]) -> dict[str, Any]:
         folder = report["adapter"]
-        names = sorted(path.parent.name for path in self._root.glob(f"*/{CONFIG}"))
-        return {**report, "adapter": None if folder is None else Path(folder).name, "adapters": names}
+        name = None if folder is None else Path(folder).name
+        return {**report, "adapter": name, "adapters": names_of(self._root)}
 
     def _answer(self, what: Callable[[EngineClient, bytes], Awaitable[dict[str, Any]]]) -> Callable[..., Any]:
         from starlette.responses import JSONResponse
@@ -102,7 +102,7 @@ class MaskEndpoint:
             status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
             if status is None:
                 raise
-            return {"error": str(error)}, status
+            return {"error": without_place(str(error), self._root)}, status
 
 
 class _BadRequestError(ValueError):

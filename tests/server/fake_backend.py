@@ -63,7 +63,8 @@ def serving(app: FastAPI) -> Iterator[str]:
         end = time.monotonic() + PATIENCE
         while not server.started:
             assert thread.is_alive(), "the server ended before it had started"
-            assert time.monotonic() < end, f"the server has not started in {PATIENCE} seconds"
+            if time.monotonic() > end:
+                raise TimeoutError(f"the server has not started in {PATIENCE} seconds")
             time.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

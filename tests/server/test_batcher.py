@@ -335,11 +335,11 @@ def test_a_task_with_a_wrong_number_of_answers_fails_its_rows_and_nothing_else(b
 def test_an_answer_that_is_not_finite_is_an_error_of_its_row(batcher, expected, monkeypatch):
     answers = type(batcher.task).answers
 
-    def poisoned(self, model, batch, rows, adapters, labels):
-        if any(row.details for row in rows):
-            model = lambda **inputs: SimpleNamespace(logits=torch.full((len(rows), 5), float("nan")))  # noqa: E731
+    def poisoned(self, model, batch):
+        if any(row.details for row in batch.rows):
+            model = lambda **inputs: SimpleNamespace(logits=torch.full((len(batch.rows), 5), float("nan")))  # noqa: E731
             model.config = batcher.cache.model.config
-        return answers(self, model, batch, rows, adapters, labels)
+        return answers(self, model, batch)
 
     monkeypatch.setattr(type(batcher.task), "answers", poisoned)
     monkeypatch.setattr(batcher.task, "details", lambda texts, encoded: texts[0] == TEXTS[1])

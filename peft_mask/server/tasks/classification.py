@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peft_mask.server.tasks.task import Row, Task, check_finite, whole
+from peft_mask.server.tasks.task import Batch, Task, check_finite, whole
 
 
 class Classification(Task):
@@ -26,19 +26,12 @@ class Classification(Task):
     def check(self, options: Mapping[str, Any]) -> None:
         whole(options, "top_k", 1, 10_000)
 
-    def answers(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        rows: Sequence[Row],
-        adapters: list[str],
-        labels: Sequence[Sequence[str]],
-    ) -> list[Any]:
-        logits = model(**batch, adapter_names=adapters).logits.float().cpu()
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        logits = model(**batch.inputs, adapter_names=batch.adapters).logits.float().cpu()
         kind = getattr(model.config, "problem_type", None)
         return [
             _ranked(logits[number, : len(own)], own, row.options["top_k"], kind)
-            for number, (row, own) in enumerate(zip(rows, labels, strict=True))
+            for number, (row, own) in enumerate(zip(batch.rows, batch.labels, strict=True))
         ]
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_mask.server.errors import InvalidInputError
-from peft_mask.server.tasks.task import Row, Task, check_finite
+from peft_mask.server.tasks.task import Batch, Task, check_finite
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -51,16 +51,9 @@ class Embeddings(Task):
         if options["encoding_format"] not in ("float", "base64"):
             raise InvalidInputError(f"encoding_format must be float or base64, got {options['encoding_format']!r}.")
 
-    def answers(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        rows: Sequence[Row],
-        adapters: list[str],
-        labels: Sequence[Sequence[str]],
-    ) -> list[Any]:
-        states = model(**batch, adapter_names=adapters).last_hidden_state.float()
-        vectors = pooled(states, batch["attention_mask"], self.pooling)
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        states = model(**batch.inputs, adapter_names=batch.adapters).last_hidden_state.float()
+        vectors = pooled(states, batch.inputs["attention_mask"], self.pooling)
         if self.normalize:
             vectors = nn.functional.normalize(vectors, dim=-1)
         check_finite(vectors)

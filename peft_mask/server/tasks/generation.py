@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from peft_mask.server.errors import InvalidInputError
-from peft_mask.server.tasks.task import Row, Task, whole
+from peft_mask.server.tasks.task import Batch, Row, Task, whole
 
 
 class Generation(Task):
@@ -60,29 +59,22 @@ class Generation(Task):
     def key(self, options: Mapping[str, Any]) -> object:
         return float(options["temperature"]), float(options["top_p"])
 
-    def answers(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        rows: Sequence[Row],
-        adapters: list[str],
-        labels: Sequence[Sequence[str]],
-    ) -> list[Any]:
-        temperature, top_p = rows[0].options["temperature"], rows[0].options["top_p"]
-        sampling = {"temperature": temperature, "top_p": top_p} if temperature else {}
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        prompts, options = batch.inputs["input_ids"], batch.rows[0].options
+        sampling = {name: options[name] for name in ("temperature", "top_p")} if options["temperature"] else {}
         tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            adapter_names=adapters,
-            max_new_tokens=max(row.new for row in rows),
+            input_ids=prompts,
+            attention_mask=batch.inputs["attention_mask"],
+            adapter_names=batch.adapters,
+            max_new_tokens=max(row.new for row in batch.rows),
             max_time=self.max_seconds,
-            do_sample=bool(temperature),
+            do_sample=bool(sampling),
             pad_token_id=self.tokenizer.pad_token_id,
             **sampling,
         )
-        new = tokens[:, batch["input_ids"].shape[1] :].cpu().tolist()
+        new = tokens[:, prompts.shape[1] :].cpu().tolist()
         ends = _ends_of(model)
-        return [self._answer(row, own, ends) for row, own in zip(rows, new, strict=True)]
+        return [self._answer(row, own, ends) for row, own in zip(batch.rows, new, strict=True)]
 
     def _answer(self, row: Row, tokens: list[int], ends: frozenset[int]) -> dict[str, Any]:
         tokens = tokens[: row.new]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peft_mask.server.errors import InvalidInputError
-from peft_mask.server.tasks.task import Row, Task, check_finite
+from peft_mask.server.tasks.task import Batch, Row, Task, check_finite
 
 
 class Tagging(Task):
@@ -38,20 +38,13 @@ class Tagging(Task):
                 words[word] = first, begin, end
         return texts[0], [*words.values()]
 
-    def answers(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        rows: Sequence[Row],
-        adapters: list[str],
-        labels: Sequence[Sequence[str]],
-    ) -> list[Any]:
-        logits = model(**batch, adapter_names=adapters).logits.float().cpu()
-        padded = batch["input_ids"].shape[1]
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
+        logits = model(**batch.inputs, adapter_names=batch.adapters).logits.float().cpu()
+        padded = batch.inputs["input_ids"].shape[1]
         left = self.tokenizer.padding_side == "left"
         return [
             _tagged(row, logits[number, padded - row.length if left else 0 :, : len(own)].softmax(-1), own)
-            for number, (row, own) in enumerate(zip(rows, labels, strict=True))
+            for number, (row, own) in enumerate(zip(batch.rows, batch.labels, strict=True))
         ]
 
     @classmethod

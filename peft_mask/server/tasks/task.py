@@ -35,6 +35,23 @@ class Row:
     details: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows that are computed in one call.
+
+    Attributes:
+        rows: inputs with equal keys.
+        adapters: for each its adapter, or slot of one, or "__base__".
+        labels: for each the names of its adapter's labels, in the order of the logits.
+        inputs: what the model takes of them, padded to the longest.
+    """
+
+    rows: Sequence[Row]
+    adapters: list[str]
+    labels: Sequence[Sequence[str]]
+    inputs: dict[str, torch.Tensor]
+
+
 class Task(ABC):
     """One kind of question: how an input becomes a row, and what is answered.
 
@@ -100,29 +117,15 @@ class Task(ABC):
     def compute(
         self, model: nn.Module, rows: Sequence[Row], adapters: Sequence[str], labels: Sequence[Sequence[str]]
     ) -> list[Any]:
-        """Return the answer to each row, all computed in one call.
-
-        Args:
-            model: a PEFT model in evaluation mode.
-            rows: inputs with equal keys.
-            adapters: for each its adapter, or slot of one, or "__base__".
-            labels: for each the names of its adapter's labels, in the order of the logits.
-        """
-        batch = self.tokenizer.pad(
+        """Return the answer of a PEFT model to each row, all computed in one call; arguments are as in `Batch`."""
+        inputs = self.tokenizer.pad(
             {name: [row.features[name] for row in rows] for name in rows[0].features}, return_tensors="pt"
         ).to(device_of(model))
         with torch.inference_mode():
-            return self.answers(model, dict(batch), rows, list(adapters), labels)
+            return self.answers(model, Batch(rows, list(adapters), labels, dict(inputs)))
 
     @abstractmethod
-    def answers(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        rows: Sequence[Row],
-        adapters: list[str],
-        labels: Sequence[Sequence[str]],
-    ) -> list[Any]:
+    def answers(self, model: Any, batch: Batch) -> list[Any]:
         """Return the answer to each row of a padded batch."""
 
     @classmethod
