@@ -281,6 +281,28 @@ def test_the_check_computes_a_row_before_those_that_wait(batcher, monkeypatch):
     assert order == ["first", "check", "waiting"]
 
 
+def test_the_check_is_in_no_batch_with_others(batcher, monkeypatch):
+    stopped, go_on = held(batcher, monkeypatch)
+    sizes = []
+    compute = batcher.task.compute
+    monkeypatch.setattr(
+        batcher.task, "compute", lambda model, rows, *rest: sizes.append(len(rows)) or compute(model, rows, *rest)
+    )
+
+    async def work():
+        tasks = [asyncio.create_task(batcher.ask("a", TEXTS[0]))]
+        await asyncio.to_thread(stopped.wait)
+        tasks += [asyncio.create_task(batcher.ask("a", text)) for text in TEXTS[1:]]
+        await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(batcher.check()))
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.gather(*tasks)
+
+    run(batcher, work)
+    assert sizes == [1, 1, 3]
+
+
 def test_the_check_says_what_is_wrong_with_the_model(batcher, monkeypatch):
     monkeypatch.setattr(type(batcher.task), "answers", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from peft_mask import AdapterRefusedError
+from peft_mask import AdapterRefusedError, MaskConfig
 from peft_mask.server import Embeddings, ServerSettings, load_batcher
 from peft_mask.server.settings import TOKEN, settings_of, token
 from tests.server.places import KINDS, TEXTS, Place
@@ -103,8 +103,6 @@ def test_adapters_of_several_tasks_need_a_word_which(place):
 
 @pytest.mark.parametrize(("family", "longest"), [("bert", 64), ("roberta", 62)])
 def test_texts_are_as_long_as_the_base_has_places_for(tmp_path, family, longest):
-    from peft_mask import MaskConfig
-
     model = tiny_model(family, "seq_cls")
     model.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")  # it says nothing of lengths
@@ -112,6 +110,31 @@ def test_texts_are_as_long_as_the_base_has_places_for(tmp_path, family, longest)
     batcher = load_batcher(ServerSettings(str(tmp_path / "base"), str(tmp_path / "adapters")))
     assert batcher.task.max_length == longest
     assert asked(batcher, "a", "w5 " * longest)
+
+
+def test_a_decoder_without_a_pad_token_classifies_rows_of_several_lengths(tmp_path):
+    model = tiny_model("llama", "seq_cls")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    get_peft_model(model, MaskConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapters" / "a")
+    batcher = load_batcher(ServerSettings(str(tmp_path / "base"), str(tmp_path / "adapters")))
+    texts = ["w5 w6 w7", "w8 w9 w40 w41 w42"]
+
+    async def work():
+        alone = [await batcher.ask("a", text, top_k=3) for text in texts]
+        together = await asyncio.gather(*(batcher.ask("a", text, top_k=3) for text in texts))
+        await batcher.close()
+        return alone, together
+
+    alone, together = asyncio.run(work())
+    assert batcher.statistics.batches == 3
+    assert batcher.statistics.failures == 0
+    for one, two in zip(alone, together, strict=True):
+        assert [each["label"] for each in one] == [each["label"] for each in two]
+        assert [each["score"] for each in one] == pytest.approx([each["score"] for each in two], abs=1e-5)
 
 
 def test_pooling_is_that_of_the_bases_folder(places):

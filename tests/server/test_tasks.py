@@ -6,6 +6,8 @@ import base64
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from peft_mask.server import Embeddings, Generation, InvalidInputError, load_batcher
 from peft_mask.server.tasks.classification import scores_of
@@ -97,6 +99,27 @@ def test_generation_stops_at_each_rows_own_number_of_tokens(places, expected):
 def test_generation_refuses_options_without_meaning(options, message):
     with pytest.raises(InvalidInputError, match=message):
         Generation(tiny_tokenizer(), 64, max_new_tokens=40).encode("w5 " * 27, options)
+
+
+def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(places, expected, monkeypatch):
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args: load(*args, padding_side="left"))
+    for kind in ("classify", "tag", "embed"):
+        for (name, text), answer in zip(QUESTIONS, answers_of(places[kind], QUESTIONS), strict=True):
+            own = expected[kind][name][text]
+            if kind == "embed":
+                assert answer == pytest.approx(own, abs=1e-5)
+            elif kind == "tag":
+                assert [each["label"] for each in answer["words"]] == [each[2] for each in own]
+            else:
+                assert answer[0]["label"] == own[0]["label"]
+
+
+def test_a_text_in_which_the_tokenizer_finds_nothing_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(InvalidInputError, match="the tokenizer finds nothing in it"):
+        Embeddings(tokenizer).encode("\u200b", {})
 
 
 def test_vectors_can_be_asked_for_in_base64(places):

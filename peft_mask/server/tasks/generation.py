@@ -30,6 +30,7 @@ class Generation(Task):
     task_type = "CAUSAL_LM"
     options = {"max_tokens": 32, "temperature": 0.0, "top_p": 1.0}  # noqa: RUF012 - nobody writes into it
     answers_base = True
+    padding_side = "left"
     input = "prompt"
     entries = "choices"
 
@@ -41,7 +42,6 @@ class Generation(Task):
         max_seconds: float = 60.0,
     ) -> None:
         super().__init__(tokenizer, max_length)
-        tokenizer.padding_side = "left"
         self.max_new_tokens, self.max_seconds = min(max_new_tokens, self.max_length - 1), max_seconds
 
     def check(self, options: Mapping[str, Any]) -> None:

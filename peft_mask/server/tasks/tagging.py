@@ -40,10 +40,8 @@ class Tagging(Task):
 
     def answers(self, model: Any, batch: Batch) -> list[Any]:
         logits = model(**batch.inputs, adapter_names=batch.adapters).logits.float().cpu()
-        padded = batch.inputs["input_ids"].shape[1]
-        left = self.tokenizer.padding_side == "left"
         return [
-            _tagged(row, logits[number, padded - row.length if left else 0 :, : len(own)].softmax(-1), own)
+            _tagged(row, logits[number, :, : len(own)].softmax(-1), own)
             for number, (row, own) in enumerate(zip(batch.rows, batch.labels, strict=True))
         ]
 

@@ -56,7 +56,7 @@ class Task(ABC):
     """One kind of question: how an input becomes a row, and what is answered.
 
     Args:
-        tokenizer: that of the base model.
+        tokenizer: that of the base model; it pads on `padding_side` from now on.
         max_length: how many tokens an input may have. By default what the tokenizer says, or else 512.
 
     Attributes:
@@ -65,6 +65,7 @@ class Task(ABC):
         task_type: PEFT's word for it.
         options: what a request may say beside its input, and the defaults.
         answers_base: whether the base alone, without an adapter, has an answer.
+        padding_side: left of prompts, which answers go on with; else right, or places of tokens would depend on others.
         input: what a request calls its inputs.
         entries: what a response calls its answers.
     """
@@ -74,6 +75,7 @@ class Task(ABC):
     task_type: ClassVar[str]
     options: ClassVar[Mapping[str, object]] = {}
     answers_base: ClassVar[bool] = False
+    padding_side: ClassVar[str] = "right"
     input: ClassVar[str] = "input"
     entries: ClassVar[str] = "data"
 
@@ -82,6 +84,7 @@ class Task(ABC):
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set one to pad batches with.")
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = self.padding_side
         said = tokenizer.model_max_length
         self.tokenizer = tokenizer
         self.max_length = max_length or (said if said < 1 << 20 else 512)  # a tokenizer that does not know says 10^30
