@@ -33,7 +33,8 @@ def learn(task: str, base: str, output: Path) -> None:
         "report_to": "none",
     }
     arguments = [word for name, value in said.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "examples.text_classification", *arguments], check=True)
+    if subprocess.run([sys.executable, "-m", "examples.text_classification", *arguments]).returncode:
+        raise SystemExit(f"error: {task} was not learned; what is above says why.")
 
 
 def main(argv: list[str] | None = None) -> None:
