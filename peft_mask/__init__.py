@@ -38,6 +38,7 @@ __all__ = [
     "keep_scores",
     "saliency_candidates",
     "spend_budget",
+    "super_weights",
     "training_memory",
     "update_model_card",
     "use_triton",
@@ -78,6 +79,7 @@ else:
     from peft_mask.training.sign_adamw import SignAdamW
     from peft_mask.training.spending import fill_budget, spend_budget
     from peft_mask.training.statistics import MaskStatistics
+    from peft_mask.training.super_weights import super_weights
     from peft_mask.training.tuning import hold_zeros
 
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MaskType.PEFT_MASK] = MaskConfig

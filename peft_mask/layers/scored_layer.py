@@ -13,7 +13,7 @@ from peft_mask.layers.casting import Integers, Scores
 from peft_mask.layers.found import Found
 from peft_mask.layers.merging import MergingLayer
 from peft_mask.layers.resting import Rest, Resting
-from peft_mask.scores.candidates import checked_positions, choose_candidates, moved_scores
+from peft_mask.scores.candidates import candidates_without, checked_positions, choose_candidates, moved_scores
 from peft_mask.scores.init import initial_scores
 from peft_mask.scores.packed_positions import in_full, pack_positions
 from peft_mask.scores.rules import Rule, rule_for
@@ -132,6 +132,28 @@ class ScoredLayer(MergingLayer):
         if (current := self.positions(adapter_name)) is None:
             raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig for a choice.")
         return checked_positions(positions, len(current), self.mask_shape.numel(), name).to(current)
+
+    def candidates_without(self, adapter_name: str, protected: torch.Tensor, name: str) -> torch.Tensor:
+        """Return what an adapter's candidates are without weights that are to be kept (see `checked_candidates`).
+
+        Raises:
+            ValueError: if there are no such positions, or no such candidates; the message names the module.
+        """
+        if (current := self.positions(adapter_name)) is None:
+            raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig to protect some.")
+        flat = protected.detach().reshape(-1)
+        numel = self.mask_shape.numel()
+        if flat.is_floating_point() or not ((flat >= 0) & (flat < numel)).all():
+            raise ValueError(
+                f"cannot protect weights of '{name}': expected integers from 0 to {numel - 1}, got {flat.dtype} from "
+                f"{flat.min() if len(flat) else 'nothing'} to {flat.max() if len(flat) else 'nothing'}."
+            )
+        weight = self.unmerged_weight()
+        try:
+            new = candidates_without(current.long(), flat.to(current.device, torch.int64), weight.to(current.device))
+        except ValueError as error:
+            raise ValueError(f"cannot protect weights of '{name}': {error}.") from error
+        return new.to(current)
 
     @torch.no_grad()
     def set_candidates(self, adapter_name: str, positions: torch.Tensor) -> None:

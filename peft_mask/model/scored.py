@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
+from peft_mask.model.matching import listed
 from peft_mask.model.names import plain_name
 from peft_mask.model.saving import adapter_bytes
 from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
@@ -99,6 +100,50 @@ class ScoredAdapters(BaseTuner):
         }
         for module, layer in layers.items():
             layer.set_candidates(name, changes[module])
+
+    def protect(self, positions: Mapping[str, torch.Tensor | Collection[int]], adapter_name: str | None = None) -> None:
+        """Keep weights whatever is learned, such as those that `super_weights` finds.
+
+        They lose their scores, and the largest weights without one get them in their place. Nothing else changes: the
+        number of candidates, what other scores count, the file. Once it is saved, an adapter is its zeros, of which
+        these are none.
+
+        Args:
+            positions: by the names of masked modules in the base model, which weights: integers, in row-major order.
+            adapter_name: which adapter, by default the active one.
+
+        Raises:
+            ValueError: if one of the names is no masked module's, a position is out of range, or the adapter has scores
+                for all weights; nothing has changed.
+
+        Example:
+            >>> import torch
+            >>> from peft import get_peft_model
+            >>> from peft_mask import MaskConfig
+            >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(10, 10)), MaskConfig(target_modules=["0"]))
+            >>> layer = model.base_model.model[0]
+            >>> largest = layer.base_layer.weight.abs().argmax()
+            >>> bool(torch.isin(largest, layer.positions("default")))
+            True
+            >>> model.base_model.protect({"0": largest})
+            >>> bool(torch.isin(largest, layer.positions("default")))
+            False
+        """
+        name = adapter_name or self._only_active()
+        layers = self._changeable_layers(name, "protect")
+        if unknown := sorted(positions.keys() - layers.keys()):
+            raise ValueError(
+                f"cannot protect weights of {unknown}: the adapter '{name}' does not mask such modules. It masks "
+                f"{listed(sorted(layers), 5)}."
+            )
+        changes = {}
+        for module, protected in positions.items():
+            layer = layers[module]
+            with onloaded(layer):
+                own = protected if isinstance(protected, torch.Tensor) else torch.tensor([*protected], dtype=torch.long)
+                changes[module] = layer.candidates_without(name, own, module)
+        for module, new in changes.items():
+            layers[module].set_candidates(name, new)
 
     def set_scores(
         self,

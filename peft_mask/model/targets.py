@@ -18,6 +18,7 @@ from peft_mask.layers.drawn_head import linear_layers
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type, stored_weights
 from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.gates import gate_projections
 from peft_mask.model.heads import head_modules, new_modules, output_embeddings, train_new_head
 from peft_mask.model.matching import (
     apply_restrictions,
@@ -31,6 +32,7 @@ from peft_mask.model.matching import (
 from peft_mask.model.names import plain_name
 from peft_mask.scores.units import check_groups, unit_shape
 from peft_mask.settings.config import MaskConfig
+from peft_mask.settings.options import GATES
 from peft_mask.tensors.aliasing import sharing_memory
 from peft_mask.tensors.sharded import has_no_storage, is_flattened, is_sharded, is_taken_away
 from peft_mask.tensors.stored import StoredWeight
@@ -74,7 +76,7 @@ def resolve_targets(model: nn.Module, config: MaskConfig) -> None:
 
 
 def resolve_default(model: nn.Module, config: MaskConfig) -> bool:
-    """Write out which linear layers the default, or `"all-linear"`, means; return whether `config` says one of them.
+    """Write out what the default, `"all-linear"` or `"gate-projections"` means; return whether `config` says such.
 
     Raises:
         NoMatchingPeftModuleError: if there is none.
@@ -83,6 +85,8 @@ def resolve_default(model: nn.Module, config: MaskConfig) -> bool:
         if config.target_parameters and not isinstance(model, PreTrainedModel):
             return False
         config.target_modules = default_target_modules(model)
+    elif f"{config.target_modules}".lower() == GATES:
+        config.target_modules = gate_projections(model)
     else:
         named = config.target_modules
         _maybe_include_all_linear_layers(config, model)

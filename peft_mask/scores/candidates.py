@@ -62,6 +62,27 @@ def by_preference(preference: torch.Tensor, count: int, include: torch.Tensor | 
     return lowest(preference.neg(), count).nonzero().squeeze(1).to(index_dtype(preference.numel()))
 
 
+def candidates_without(current: torch.Tensor, protected: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return as many candidates, none of them protected: those there are, and in the places that are free the largest.
+
+    Args:
+        current: positions of the candidates, int64.
+        protected: positions of weights that are to be kept, int64.
+        weight: the weight, any shape.
+
+    Raises:
+        ValueError: if there are not enough other weights; the bare reason.
+    """
+    kept = current[~torch.isin(current, protected)]
+    if len(current) > weight.numel() - len(protected.unique()):
+        raise ValueError(
+            f"{len(current)} of its {weight.numel()} weights are candidates, so that {len(protected.unique())} cannot "
+            "be left out: set a smaller fraction of candidates"
+        )
+    preference = weight.detach().reshape(-1).abs().nan_to_num_(0.0).float().index_fill_(0, protected, -1.0)
+    return by_preference(preference, len(current), kept)
+
+
 def checked_positions(positions: torch.Tensor, count: int, numel: int, name: str) -> torch.Tensor:
     """Return positions given as candidates, int64, ascending.
 

@@ -16,6 +16,8 @@ from peft_mask.format.atomic import replace_files
 from peft_mask.settings.card import is_card_due, update_model_card
 from peft_mask.settings.foreign import explains_foreign_words
 from peft_mask.settings.options import (
+    GATES,
+    GATES_SPARSITY,
     TASKS_WITH_HEAD,
     UNSET,
     Binarizer,
@@ -47,8 +49,9 @@ class MaskConfig(PeftConfig):
     not given (`"auto"`), and are what they came to once the configuration is made.
 
     Args:
-        target_modules: names, suffixes or a regular expression of the modules to mask, or `"all-linear"`. By default
-            every linear layer of the backbone; its embeddings, the output head and a task head are left out.
+        target_modules: names, suffixes or a regular expression of the modules to mask, `"all-linear"`, or
+            `"gate-projections"`, the gates of gated feed-forward blocks (see `MaskConfig.gates`). By default every
+            linear layer of the backbone; its embeddings, the output head and a task head are left out.
         exclude_modules: names, suffixes or a regular expression of modules to leave out.
         layers_to_transform: index or indices of the blocks to mask; by default all. Once the model is wrapped,
             `target_modules` names what is in them, and this is None.
@@ -209,6 +212,24 @@ class MaskConfig(PeftConfig):
         if fields.get("task_type") in TASKS_WITH_HEAD:
             preset["head"] = "masked"
         return cls(**(preset | fields))
+
+    @classmethod
+    def gates(cls, **fields: Any) -> MaskConfig:
+        """Return the modules and the budget of Deletion Tuning: gate projections alone, 0.2 % of them off.
+
+        For language models with gated feed-forward blocks (Llama, Qwen, Mistral, Gemma, T5 1.1, ...); a model without
+        is refused. How the weights are found is ours: votes, no learning rate. docs/language-models.md compares.
+
+        Args:
+            **fields: fields of `MaskConfig`, over those of the preset.
+
+        Source: Lu et al. 2026, arXiv 2611.10866.
+
+        >>> MaskConfig.gates(task_type="CAUSAL_LM").target_sparsity
+        0.002
+        """
+        budget = {} if "target_bytes" in fields else {"target_sparsity": GATES_SPARSITY}
+        return cls(**({"target_modules": GATES} | budget | fields))
 
     @property
     def group(self) -> tuple[int, int] | None:

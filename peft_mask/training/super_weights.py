@@ -1,0 +1,124 @@
+"""Super weights: single weights without which a language model is wrecked, found by what they contribute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peft_mask.layers.mask_layer import MaskLayer
+from peft_mask.model.mask_model import MaskModel
+from peft_mask.model.names import plain_name
+
+TRIED = 64
+
+
+@torch.no_grad()
+def super_weights(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    *,
+    rise: float = 0.01,
+    tried: int = TRIED,
+) -> dict[str, dict[int, float]]:
+    """Find the single weights of masked linear layers without which the loss rises.
+
+    A weight w of output i and input j contributes at most `|w| * max |x_j|`. Those whose contribution is largest beside
+    the outputs of their layer, the median over outputs of `max |y|`, are taken out one after the other.
+
+    Args:
+        model: a PEFT model with masks, which computes as it is: with a new mask, as the base model.
+        batches: what `loss` takes, one or a few.
+        loss: computes the loss of `model` on a batch, a mean.
+        rise: the least rise of the loss, in its unit, for which a weight counts.
+        tried: how many weights are taken out; each costs a forward pass of every batch.
+
+    Returns:
+        Module name -> position of the weight, in row-major order -> by how much the mean loss rises without it; the
+        largest rise first. `MaskModel.protect` takes it. The model is as it was before.
+
+    Raises:
+        ValueError: if the model has no masked linear layer, or there are no batches.
+
+    Source: Yu et al. 2024, "The Super Weight in Large Language Models", arXiv 2411.07191; they look at `down_proj`.
+    """
+    layers = {
+        plain_name(name): module
+        for name, module in cast(nn.Module, cast(MaskModel, model.base_model).model).named_modules()
+        if isinstance(module, MaskLayer) and isinstance(module.get_base_layer(), nn.Linear)
+    }
+    given = list(batches)
+    if not layers or not given:
+        raise ValueError(f"super weights are looked for in {len(layers)} masked linear layers by {len(given)} batches.")
+    mode = model.training
+    model.eval()
+    try:
+        before, largest = _mean(loss, given), _largest_contributions(layers, given, loss, tried)
+        rises = []
+        for module, position in largest:
+            with _without(layers[module], position):
+                rises.append((_mean(loss, given) - before, module, position))
+    finally:
+        model.train(mode)
+    found: dict[str, dict[int, float]] = {}
+    for own, module, position in sorted(rises, reverse=True):
+        if own >= rise:
+            found.setdefault(module, {})[position] = own
+    return found
+
+
+def _mean(loss: Callable[[Any], Tensor], batches: Sequence[Any]) -> float:
+    return sum(float(loss(batch)) for batch in batches) / len(batches)
+
+
+def _largest_contributions(
+    layers: dict[str, MaskLayer], batches: Sequence[Any], loss: Callable[[Any], Tensor], count: int
+) -> list[tuple[str, int]]:
+    """Return module and position of the weights that contribute most, beside the outputs of their layer."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            for kept, value in ((inputs, given[0]), (outputs, output)):
+                largest = value.detach().flatten(0, -2).abs().amax(0).float()
+                kept[name] = torch.maximum(kept[name], largest) if name in kept else largest
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            loss(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    best: list[tuple[float, str, int]] = []
+    for name, largest in inputs.items():
+        weight = layers[name].unmerged_weight().detach().float().abs()
+        shares = weight * largest.to(weight.device) / outputs[name].median().clamp(min=1e-12)
+        top = shares.flatten().topk(min(count, shares.numel()))
+        best += [(share, name, at) for share, at in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+    return [(name, position) for _, name, position in sorted(best, reverse=True)[:count]]
+
+
+@contextmanager
+def _without(layer: MaskLayer, position: int) -> Iterator[None]:
+    """Compute without one weight: its contribution is taken off the output, whatever the weight is stored in."""
+    weight = layer.unmerged_weight()
+    row, column = divmod(position, weight.shape[1])
+    value = weight[row, column].item()
+
+    def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output[..., row] -= (value * given[0][..., column]).to(output.dtype)
+        return output
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
