@@ -31,7 +31,7 @@ OTHER_BLOCKS = 32
 def setting_of(options: argparse.Namespace) -> Setting:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     learnt = (texts(options.data / "banking77", tokenizer), intents(options.data / "clinc150", tokenizer))
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     return Setting(
         options.model,
         {data.name: data for data in learnt},

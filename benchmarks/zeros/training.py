@@ -51,12 +51,12 @@ class Setting:
     other: Rows
     answers: Rows
 
-    def base(self) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+    def base(self, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
 
 
 def logits_of(model: nn.Module, rows: Rows) -> Tensor:
-    """Return what a model says of the token after each, (rows, tokens, vocabulary); products in bfloat16."""
+    """Return what a model says of the token after each, (rows, tokens, vocabulary); products are in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
         return model(input_ids=rows.ids, attention_mask=rows.kept).logits
 
@@ -93,7 +93,7 @@ def order(plan: Plan, data: Data) -> list[Rows]:
 
 
 def build(plan: Plan, setting: Setting, batches: list[Rows]) -> tuple[nn.Module, Optimizer]:
-    model = setting.base()
+    model = setting.base(torch.float32 if plan.method == "full" else torch.bfloat16)  # what is trained is in float32
     if plan.method == "mask":
         targets = MODULES[plan.modules]
         config = MaskConfig(

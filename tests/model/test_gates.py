@@ -48,22 +48,20 @@ def test_fields_stand_over_those_of_the_preset():
 
 
 def test_layers_to_transform_and_exclude_modules_hold():
-    model = get_peft_model(tiny_model("llama", "causal_lm"), MaskConfig.gates(layers_to_transform=[1]))
+    model = get_peft_model(tiny_model("llama", "lm"), MaskConfig.gates(layers_to_transform=[1]))
     assert masked(model) == {"model.layers.1.mlp.gate_proj"}
-    model = get_peft_model(
-        tiny_model("llama", "causal_lm"), MaskConfig.gates(exclude_modules=["layers.1.mlp.gate_proj"])
-    )
+    model = get_peft_model(tiny_model("llama", "lm"), MaskConfig.gates(exclude_modules=["layers.1.mlp.gate_proj"]))
     assert masked(model) == {"model.layers.0.mlp.gate_proj"}
 
 
 def test_a_saved_adapter_names_its_modules_and_computes_the_same(tmp_path):
-    base = tiny_model("llama", "causal_lm")
+    base = tiny_model("llama", "lm")
     state = {name: value.clone() for name, value in base.state_dict().items()}
     model = get_peft_model(base, MaskConfig.gates(task_type="CAUSAL_LM", init_weights=False)).eval()
     ids = torch.arange(4, 12).view(1, -1)
     before = model(ids).logits
     model.save_pretrained(tmp_path)
-    fresh = tiny_model("llama", "causal_lm")
+    fresh = tiny_model("llama", "lm")
     fresh.load_state_dict(state)
     assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(ids).logits, before)
 

@@ -13,7 +13,7 @@ NAME = "model.layers.0.mlp.down_proj"
 
 def masked(**fields):
     torch.manual_seed(0)
-    return get_peft_model(tiny_model("llama", "causal_lm"), MaskConfig(task_type="CAUSAL_LM", **fields))
+    return get_peft_model(tiny_model("llama", "lm"), MaskConfig(task_type="CAUSAL_LM", **fields))
 
 
 def layer_of(model, name=NAME):
