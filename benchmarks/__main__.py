@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import cards, codec, decoder, long, memory, rules, step, switch
 from benchmarks.accuracy.report import write_report
 from benchmarks.harness import RESULTS
+from benchmarks.zeros import report as zeros
 
 ACCURACY = Path(__file__).parent / "accuracy"
 
@@ -33,6 +34,7 @@ def write_reports(accuracy: Path, results: Path) -> None:
     decoder.write_pages(results)
     long.write_page_of(results / "long")
     rules.write_page_of(results / "rules")
+    zeros.write_page_of(results / "zeros")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Score:
     Attributes:
         loss: mean negative log-likelihood of a scored token, in nats.
         right: share of scored tokens that are the most likely ones.
-        exact: share of rows in which all scored tokens are; then a greedy answer is this answer.
+        exact: share of rows in which all scored tokens are; a greedy answer is then this one, up to rounding.
     """
 
     loss: float

@@ -12,6 +12,7 @@ from benchmarks import decoder, long
 from benchmarks.accuracy import training
 from benchmarks.accuracy.runs import runs_in
 from benchmarks.accuracy.training import Setting
+from benchmarks.zeros import report as zeros
 from reproduction import __main__ as reproduction
 from reproduction.models import Models
 from reproduction.scale import Scale
@@ -23,6 +24,7 @@ STUDIES = {  # folder of a runs.jsonl -> what reads it
     "benchmarks/results/decoder": lambda folder: decoder.runs_in(folder.parent),
     "benchmarks/results/long": long.runs_in,
     "benchmarks/results/rules": runs_in,
+    "benchmarks/results/zeros": zeros.runs_in,
     "reproduction/results/trainings": runs_in,
 }
 
@@ -58,7 +60,7 @@ def test_every_file_of_trainings_is_sorted_and_has_a_row_each(tmp_path: Path) ->
 
 def test_tables_and_summaries_are_those_of_the_rows(written: Path) -> None:
     texts = files_of(written, ".md", ".json")
-    assert len(texts) == 2 * 2 + 2 * 2 + 2 + 1 + len(reproduction.STUDIES)
+    assert len(texts) == 2 * 2 + 2 * 2 + 3 + 1 + len(reproduction.STUDIES)
     for text in texts:
         assert (written / text).read_text("utf-8") == (ROOT / text).read_text("utf-8"), f"{text}: make reports"
 
