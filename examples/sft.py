@@ -72,6 +72,9 @@ class ScriptArguments:
     merge_to: str | None = field(
         default=None, metadata={"help": "Folder for an ordinary model with the mask merged into it."}
     )
+    dequantize: bool = field(
+        default=False, metadata={"help": "Write the merged model in floats, for programs that read no bitsandbytes."}
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, SFTConfig]:
@@ -113,8 +116,8 @@ def load_tokenizer(arguments: ScriptArguments, settings: SFTConfig) -> Any:
     return tokenizer
 
 
-def load_model(arguments: ScriptArguments, settings: SFTConfig, tokenizer: Any) -> PreTrainedModel:
-    """Load the base model, in 4 bits if asked to, with rows for new tokens.
+def load_model(arguments: ScriptArguments, settings: SFTConfig) -> PreTrainedModel:
+    """Load the base model, in 4 bits if asked to.
 
     Raises:
         ValueError: if there is no such model.
@@ -130,31 +133,32 @@ def load_model(arguments: ScriptArguments, settings: SFTConfig, tokenizer: Any) 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         )
-    model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **options)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    return model
+    return pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **options)
 
 
-def mask_config(arguments: ScriptArguments, model: PreTrainedModel, tokenizer: Any) -> MaskConfig:
-    """Return the configuration of the mask, which also trains the rows of new tokens: both, if the head has its own.
+def add_rows(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Give a model rows for what its tokenizer has more, and return the tokens to train: these, and `tokens`."""
+    rows, wanted = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if wanted > rows:
+        model.resize_token_embeddings(wanted)
+    return sorted({*tokenizer.convert_tokens_to_ids(tokens), *range(rows, wanted)})
+
+
+def mask_config(arguments: ScriptArguments, model: PreTrainedModel, tokens: list[int]) -> MaskConfig:
+    """Return the configuration of a mask beside which the rows of tokens are trained, of both embeddings.
 
     Raises:
         ValueError: if the budget is out of range.
     """
-    rows = None
-    if arguments.add_tokens:
-        ids = tokenizer.convert_tokens_to_ids(arguments.add_tokens)
-        embeddings = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-        rows = {name: ids for name, module in model.named_modules() if id(module) in embeddings}
-        if model.config.get_text_config().tie_word_embeddings:
-            rows = ids
+    both = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    tied = model.config.get_text_config().tie_word_embeddings
+    rows = tokens if tied else {name: tokens for name, module in model.named_modules() if id(module) in both}
     return MaskConfig(
         task_type="CAUSAL_LM",
         target_modules=arguments.target_modules,
         target_sparsity=arguments.target_sparsity,
         target_bytes=arguments.target_bytes,
-        trainable_token_indices=rows,
+        trainable_token_indices=rows if tokens else None,
         scores_dtype="bfloat16" if arguments.load_in_4bit else "float32",  # to what TRL casts them there
     )
 
@@ -195,7 +199,7 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
     tokenizer = load_tokenizer(arguments, settings)
     if not arguments.split_markers:
         check_markers(tokenizer, train)
-    model = load_model(arguments, settings, tokenizer)
+    model = load_model(arguments, settings)
     files = {f"--train_file {arguments.train_file}": rows}
     if arguments.test_file is not None:
         files[f"--test_file {arguments.test_file}"] = test
@@ -203,6 +207,7 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
         cut = check_rows(source, conversations, tokenizer, stops_of(model, tokenizer), settings.max_length)
         if cut:
             print(f"{source}: {cut} answers are cut off at --max_length {settings.max_length}.")
+    tokens = add_rows(model, tokenizer, arguments.add_tokens or [])
     trainer = MaskSFTTrainer(
         partial(create_mask_optimizer, lr=settings.learning_rate),
         model=model,
@@ -210,12 +215,14 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
         train_dataset=as_dataset(train),
         eval_dataset=as_dataset(test),
         processing_class=tokenizer,
-        peft_config=mask_config(arguments, model, tokenizer),
+        peft_config=mask_config(arguments, model, tokens),
         callbacks=[MaskCallback()],
     )
-    head = model.get_output_embeddings()
-    if not hasattr(head, "bias"):  # TRL 1.16 asks for it, and PEFT's wrapper of trained rows does not say
-        head.bias = None
+    if tokens:
+        # every new row is among the trained ones: PEFT would save both embeddings whole, as their size has changed
+        trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_embedding_layers=False)
+        if not hasattr(head := model.get_output_embeddings(), "bias"):
+            head.bias = None  # TRL 1.16 asks for it, and PEFT's wrapper around the head has none
     return trainer, as_dataset(test)
 
 
@@ -237,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     if settings.push_to_hub:
         trainer.push_to_hub(tasks="text-generation")
     if arguments.merge_to is not None and trainer.is_world_process_zero():
-        merge(trainer, Path(arguments.merge_to))
+        merge(trainer, Path(arguments.merge_to), arguments.dequantize)
     launched.keep(trainer)
     trainer.accelerator.end_training()
     return figures
@@ -274,12 +281,22 @@ def report(
     trainer.finish_card()
 
 
-def merge(trainer: SFTTrainer, folder: Path) -> None:
-    """Write an ordinary model with the mask merged into it: of a base in 4 bits, into its codes."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    model.merge_and_unload().save_pretrained(folder)
+def merge(trainer: SFTTrainer, folder: Path, floats: bool) -> None:
+    """Write an ordinary model with the mask merged into it: of a base in 4 bits, into its codes, or what these mean."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).merge_and_unload()
+    (dequantized(model) if floats else model).save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
     print(f"{folder}: an ordinary model, {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of floats with the values of a quantized one, which is used up."""
+    model = model.dequantize()
+    # transformers 5.23 does not save the model itself: it remembers how it was loaded, and cannot reverse that
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 if __name__ == "__main__":

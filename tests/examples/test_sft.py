@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import sft
@@ -211,6 +212,8 @@ def test_added_tokens_travel_and_are_trained_on_both_ends(tmp_path, tied):
     before = [end.weight.detach().clone() for end in ends]
     trainer.train()
     trainer.save_model()
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {len(value) for key, value in saved.items() if "peft_mask_bits" not in key} == {len(new)}  # rows alone
     for old, end in zip(before, ends, strict=True):
         assert (old != end.weight).any(dim=1).nonzero().flatten().tolist() == new
 
@@ -236,7 +239,7 @@ def test_a_base_in_4_bits_is_merged_into_its_codes(tmp_path):
     sft.main(line(folder, tmp_path, CHATS, *more))
     arguments, settings = sft.parse(line(folder, tmp_path, CHATS, "--load_in_4bit", "true"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = sft.load_model(arguments, settings, tokenizer)
+    base = sft.load_model(arguments, settings)
     masks = Masks.load(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(merged, device_map="cpu")
 
