@@ -1,6 +1,8 @@
 """The example for chat models, on a tiny random model that spells its words."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import sft
-from examples.answers import perplexity
+from examples.answers import perplexity, score
 from peft_mask import Masks
 from tests.examples.models import CHATML, tiny_chat_model
 
@@ -112,6 +114,17 @@ def test_what_is_printed_are_the_figures_of_what_is_saved(model, tmp_path):
     mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert figures["after"]["perplexity"] == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-4)
     assert figures["after"]["exact_match"] == right / len(PAIRS)
+
+
+def test_to_score_a_mask_changes_nothing(tmp_path):
+    """It is merged meanwhile, and so are the rows of new tokens."""
+    trainer, held_out = trained(tiny_chat_model(tmp_path / "base"), tmp_path, "--add_tokens", "<|yes|>")
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    expected = perplexity(trainer)
+    assert score(trainer, held_out, 4)[0]["perplexity"] == expected
+    after = trainer.model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.slow
@@ -257,7 +270,11 @@ def test_a_base_in_4_bits_is_merged_into_its_codes(tmp_path):
     ids = torch.tensor([tokenizer.apply_chat_template(chat("what is oak", "tree"), return_dict=False)])
     adapter = PeftModel.from_pretrained(base, tmp_path / "out")
     # not as bitsandbytes computes with the codes on a CPU, where it rounds their scales to bfloat16
-    torch.testing.assert_close(logits(loaded.dequantize(), ids), logits(adapter, ids), rtol=1e-4, atol=1e-4)
+    plain = sft.dequantized(loaded)
+    plain.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(plain, ids), logits(adapter, ids), rtol=1e-4, atol=1e-4)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert torch.equal(logits(base_of(tmp_path / "plain"), ids), logits(plain, ids))
 
 
 def test_rows_packed_together_do_not_see_each_other(model, tmp_path):
@@ -303,3 +320,12 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(model, tmp_path):
     whole = Masks.load(tmp_path / "out")
     sft.main(line(model, tmp_path, CHATS, *more, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")))
     assert Masks.load(tmp_path / "out") == whole
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (Path(__file__).parents[2] / "docs/chat.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m examples\.sft (.*?[^\\])$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(commands) >= 3
+    for command in commands:
+        arguments, _ = sft.parse([*shlex.split(command.replace("\\\n", " ")), "--use_cpu", "true"])
+        assert arguments.model_name_or_path in ("smollm2", "base")
