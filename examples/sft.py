@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     if trainer.is_world_process_zero():
         report(arguments, settings, trainer, command_of(ScriptArguments, argv, settings), figures, rows, answers)
     if settings.push_to_hub:
-        trainer.push_to_hub(tasks="text-generation")
+        trainer.push_to_hub()
     if arguments.merge_to is not None and trainer.is_world_process_zero():
         merge(trainer, Path(arguments.merge_to), arguments.dequantize)
     launched.keep(trainer)

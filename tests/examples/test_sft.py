@@ -11,7 +11,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from examples import sft
 from examples.answers import perplexity, score
@@ -312,6 +312,21 @@ def test_checkpointing_changes_no_zero(model, tmp_path):
         trained(model, tmp_path / name, "--gradient_checkpointing", value)
         masks.append(Masks.load(tmp_path / name / "out"))
     assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("saving", [["no"], ["steps", "--save_steps", "2"]], ids=["at the end", "checkpoints"])
+def test_what_is_pushed_has_the_card_of_the_training(model, tmp_path, monkeypatch, saving):
+    """TRL writes a card of its own with every checkpoint, and when it pushes."""
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/pets"))
+
+    def push(self, commit_message="", blocking=True, token=None, revision=None, **about):
+        self.create_model_card(model_name="pets", **about)
+
+    monkeypatch.setattr(Trainer, "push_to_hub", push)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    sft.main(line(model, tmp_path, CHATS, "--push_to_hub", "true", "--hub_strategy", "end", "--save_strategy", *saving))
+    text = ModelCard.load(tmp_path / "out/README.md").text
+    assert text.count("## How it was trained") == text.count("## A mask") == 1
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(model, tmp_path):
