@@ -136,6 +136,11 @@ def load_model(arguments: ScriptArguments, settings: SFTConfig) -> PreTrainedMod
     return pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **options)
 
 
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether the weights of a model are quantized, be it now or in its checkpoint."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def add_rows(model: PreTrainedModel, tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Give a model rows for what its tokenizer has more, and return the tokens to train: these, and `tokens`."""
     rows, wanted = model.get_input_embeddings().num_embeddings, len(tokenizer)
@@ -159,7 +164,7 @@ def mask_config(arguments: ScriptArguments, model: PreTrainedModel, tokens: list
         target_sparsity=arguments.target_sparsity,
         target_bytes=arguments.target_bytes,
         trainable_token_indices=rows if tokens else None,
-        scores_dtype="bfloat16" if arguments.load_in_4bit else "float32",  # to what TRL casts them there
+        scores_dtype="bfloat16" if is_quantized(model) else "float32",  # to what TRL casts them there
     )
 
 
@@ -200,6 +205,8 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
     if not arguments.split_markers:
         check_markers(tokenizer, train)
     model = load_model(arguments, settings)
+    if arguments.dequantize and (arguments.merge_to is None or not is_quantized(model)):
+        raise ValueError("--dequantize says how a quantized base is merged: give --merge_to, and --load_in_4bit.")
     files = {f"--train_file {arguments.train_file}": rows}
     if arguments.test_file is not None:
         files[f"--test_file {arguments.test_file}"] = test
@@ -236,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         raise SystemExit(f"error: {error}") from None
     before, _ = score(trainer, rows, arguments.max_new_tokens)
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
-    after, answers = score(trainer, rows, arguments.max_new_tokens)
     trainer.save_model()  # with the tokenizer, its new tokens and its template
+    after, answers = score(trainer, rows, arguments.max_new_tokens)
     figures = {"before": before, "after": after}
     if trainer.is_world_process_zero():
         report(arguments, settings, trainer, command_of(ScriptArguments, argv, settings), figures, rows, answers)

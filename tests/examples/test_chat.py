@@ -159,6 +159,22 @@ def test_what_is_not_there_is_named(model, tmp_path):
     )
 
 
+def test_to_dequantize_takes_a_quantized_base_and_a_folder(model, tmp_path):
+    message = r"--dequantize says how a quantized base is merged: give --merge_to, and --load_in_4bit"
+    refused(model, tmp_path, message, CHATS, "--dequantize", "--merge_to", str(tmp_path / "merged"))
+    refused(model, tmp_path, message, CHATS, "--dequantize")
+
+
+def test_4_bits_without_bitsandbytes_are_refused(model, tmp_path, monkeypatch):
+    missing = "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available"
+    monkeypatch.setattr(missing, lambda *versions: False)
+    refused(model, tmp_path, r"error: .*bitsandbytes.*pip install", CHATS, "--load_in_4bit")
+
+
+def test_what_trl_refuses_ends_in_its_words(model, tmp_path):
+    refused(model, tmp_path, r"error: The chat template is not training-comp", CHATS, "--assistant_only_loss", "true")
+
+
 def test_a_budget_out_of_reach_is_refused(model, tmp_path):
     with pytest.raises(SystemExit, match=r"target_sparsity must be .* less than 1, got 2.0"):
         sft.main(line(model, tmp_path, CHATS, "--target_sparsity", "2"))
