@@ -1,0 +1,80 @@
+"""How well a trainer's model answers held-out questions: perplexity, and greedy answers, to the letter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from examples.chat import Message, render
+
+
+def stops_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens at which generation ends."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+def perplexity(trainer: SFTTrainer) -> float:
+    """Return exp(mean negative log-likelihood of a token of the held-out answers)."""
+    trainer.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        for batch in trainer.get_eval_dataloader():
+            count = (batch["labels"][:, 1:] != -100).sum()
+            sums += torch.stack([trainer.model(**batch).loss * count, count])
+    total, count = trainer.accelerator.reduce(sums).tolist()
+    return math.exp(total / count)
+
+
+def greedy_answers(trainer: SFTTrainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
+    """Answer each prompt with the most likely token at each place, at most `length` of them."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    stops = stops_of(model, tokenizer)
+    size = trainer.args.per_device_eval_batch_size
+    texts = [render(tokenizer, prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+    found: list[str] = []
+    for start in range(0, len(texts), size):
+        inputs = tokenizer(
+            texts[start : start + size],
+            add_special_tokens=False,  # the template has written them
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            tokens = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=length,
+                eos_token_id=sorted(stops),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found += [until(stops, row, tokenizer) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+    return found
+
+
+def until(stops: Collection[int], ids: Sequence[int], tokenizer: Any) -> str:
+    """Return the text of ids before the first at which generation ends; new tokens are a part of it."""
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return tokenizer.decode(ids[:end]).strip()
+
+
+def score(trainer: SFTTrainer, rows: Dataset, length: int) -> tuple[dict[str, float], list[str]]:
+    """Return the figures of held-out answers, and of the first process the greedy answers.
+
+    Meanwhile the mask is merged: that is exact both ways, and spares making masked weights for every token.
+    """
+    trainer.model.merge_adapter()
+    figures = {"perplexity": perplexity(trainer)}
+    answers = greedy_answers(trainer, rows["prompt"][:], length) if trainer.is_world_process_zero() else []
+    trainer.model.unmerge_adapter()
+    if not answers:
+        return figures, []
+    right = [text == row[0]["content"].strip() for text, row in zip(answers, rows["completion"][:], strict=True)]
+    return figures | {"exact_match": sum(right) / len(right)}, answers
