@@ -35,6 +35,7 @@ from examples.script import pretrained
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
 REWARDS: dict[str, Callable[..., list[float]]] = {"correct": correct, "terse": terse}
+DTYPES = {"mask": "bfloat16", "lora": "bfloat16", "full": "float32"}  # in bfloat16 steps are too small for a weight
 LEARNING_RATES = {"mask": MASK_LR, "lora": 2e-4, "full": 1e-5}
 
 
@@ -44,7 +45,9 @@ class ScriptArguments:
 
     model_name_or_path: str = field(metadata={"help": "Chat model on the Hub, or a folder."})
     method: Literal["mask", "lora", "full"] = field(default="mask", metadata={"help": "What is trained."})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the model's weights."})
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Of the weights, by default bfloat16, or float32 if all of them are trained."}
+    )
     largest: int = field(default=20, metadata={"help": "Largest number that is added."})
     train_problems: int = field(default=100, metadata={"help": "How many sums to learn from."})
     test_problems: int = field(default=100, metadata={"help": "How many other sums to score."})
@@ -193,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         set_seed(settings.seed)
         train, test = problems(arguments.largest, arguments.train_problems, arguments.test_problems, settings.seed)
         tokenizer = load_tokenizer(arguments.model_name_or_path)
-        model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, dtype=getattr(torch, arguments.dtype))
+        dtype = arguments.dtype or DTYPES[arguments.method]
+        model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, dtype=getattr(torch, dtype))
         trainer = trainer_of(model, tokenizer, train, test, arguments, settings)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
