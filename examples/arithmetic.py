@@ -10,7 +10,12 @@ from typing import Any
 
 from datasets import Dataset
 
-QUESTION = "What is {} + {}? Reply with only the number."
+QUESTION, ANSWER = "What is {} + {}?", "{} + {} = {}"
+# of every chat: without it a small model rambles, and is seldom right by chance
+EXAMPLE = [
+    {"role": "user", "content": QUESTION.format(2, 3)},
+    {"role": "assistant", "content": ANSWER.format(2, 3, 5)},
+]
 _NUMBER = re.compile(r"\d+")
 
 Chat = list[dict[str, str]]
@@ -20,7 +25,7 @@ def problems(largest: int, train: int, test: int, seed: int) -> tuple[Dataset, D
     """Draw different sums of two numbers from 0 to `largest`, for training and held out.
 
     Returns:
-        Rows of `train` and of `test` problems: "prompt", a chat that ends with the question, and "answer", the
+        Rows of `train` and of `test` problems: "prompt", a chat of an example and the question, and "answer", the
         number as a text. No two numbers are added in both, in whichever order.
 
     Raises:
@@ -37,7 +42,8 @@ def problems(largest: int, train: int, test: int, seed: int) -> tuple[Dataset, D
     rows = []
     for pair in draw.sample(pairs, train + test):
         a, b = draw.sample(pair, 2)  # in either order
-        rows.append({"prompt": [{"role": "user", "content": QUESTION.format(a, b)}], "answer": str(a + b)})
+        question = {"role": "user", "content": QUESTION.format(a, b)}
+        rows.append({"prompt": [*EXAMPLE, question], "answer": str(a + b)})
     return Dataset.from_list(rows[:train]), Dataset.from_list(rows[train:])
 
 
@@ -48,14 +54,11 @@ def last_number(reply: str) -> str | None:
 
 
 def correct(completions: Sequence[Chat], answer: Sequence[str], **_: Any) -> list[float]:
-    """Reward a reply whose last number is the sum."""
-    return [float(last_number(_text(reply)) == right) for reply, right in zip(completions, answer, strict=True)]
+    """Reward a reply whose last number is the sum: 1, or 0.
 
-
-def terse(completions: Sequence[Chat], **_: Any) -> list[float]:
-    """Reward a reply that is a number and nothing else, be it right or wrong."""
-    return [float(_NUMBER.fullmatch(_text(reply).strip()) is not None) for reply in completions]
-
-
-def _text(completion: Chat) -> str:
-    return completion[-1]["content"]
+    Args:
+        completions: replies as TRL hands them over, each a chat of one message.
+        answer: of each the right number, as a text.
+    """
+    replies = [completion[-1]["content"] for completion in completions]
+    return [float(last_number(reply) == right) for reply, right in zip(replies, answer, strict=True)]

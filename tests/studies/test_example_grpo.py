@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples import grpo
-from examples.arithmetic import correct, last_number, problems, terse
+from examples.arithmetic import correct, last_number, problems
 from examples.candidates import choose_off_principal, low_rank, off_principal
 from peft_mask import MaskConfig, MaskLayer, Masks
 from tests.tiny_models import tiny_model
@@ -53,7 +53,8 @@ def run(model, output, *arguments):
 def test_every_method_learns_saves_and_reports(chat_model, tmp_path, capsys, method):
     results = run(chat_model, tmp_path, "--method", method)
     assert json.loads((tmp_path / "results.json").read_text("utf-8")) == results
-    assert results["before"].keys() == results["after"].keys() == {"correct", "terse"}
+    assert 0 <= results["before"] <= 1
+    assert 0 <= results["after"] <= 1
     assert [entry["step"] for entry in results["log"]] == [1, 2]
     assert {entry["reward"] for entry in results["log"]} != {0.0}
     file = tmp_path / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
@@ -73,7 +74,7 @@ def test_the_saved_mask_is_the_trained_one_and_its_card_says_how_it_was_made(cha
     assert list(model.peft_config) == ["default"]
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "python -m examples.grpo" in card
-    assert "| correct without it |" in card
+    assert "| accuracy without it |" in card
 
 
 @pytest.mark.parametrize("rule", ["magnitude", "random", "off-principal"])
@@ -133,9 +134,9 @@ def test_what_cannot_be_done_ends_with_one_sentence(chat_model, tmp_path, argume
 
 
 def test_a_reward_that_is_the_same_for_all_warns(chat_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "REWARDS", {"constant": lambda completions, **_: [1.0] * len(completions)})
+    monkeypatch.setattr(grpo, "correct", lambda completions, *_, **columns: [1.0] * len(completions))
     with pytest.warns(UserWarning, match="a reward that is the same for all completions of a prompt"):
-        run(chat_model, tmp_path, "--reward_weights", "1.0")
+        run(chat_model, tmp_path)
     assert Masks.load(tmp_path).sparsity == 0
 
 
@@ -180,21 +181,13 @@ def test_problems_are_sums_of_which_none_is_both_learned_and_held_out():
 
 
 @pytest.mark.parametrize(
-    ("reply", "number", "is_terse"),
-    [
-        ("12", "12", 1),
-        (" 12\n", "12", 1),
-        ("8 + 4 = 12", "12", 0),
-        ("012", "12", 1),
-        ("It is 12.", "12", 0),
-        ("", None, 0),
-    ],
+    ("reply", "number"),
+    [("12", "12"), (" 12\n", "12"), ("8 + 4 = 12", "12"), ("012", "12"), ("12, not 11", "11"), ("", None), ("-", None)],
 )
-def test_a_reply_is_right_by_its_last_number_and_terse_if_it_is_nothing_else(reply, number, is_terse):
+def test_a_reply_is_right_if_its_last_number_is_the_sum(reply, number):
     assert last_number(reply) == number
     chats = [[{"role": "assistant", "content": reply}]] * 2
     assert correct(completions=chats, answer=["12", "8"], prompts=None) == [number == "12", 0]
-    assert terse(completions=chats, answer=["12", "8"], prompts=None) == [is_terse] * 2
 
 
 # ---- candidates ----
