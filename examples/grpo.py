@@ -32,8 +32,9 @@ from examples.arithmetic import correct, problems
 from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
 from examples.script import pretrained
-from peft_mask import MASK_LR, MaskCallback, MaskConfig, create_mask_optimizer
+from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
+SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
 DTYPES = {"mask": "bfloat16", "lora": "bfloat16", "full": "float32"}  # in bfloat16 steps are too small for a weight
 LEARNING_RATES = {"mask": MASK_LR, "lora": 2e-4, "full": 1e-5}
 
@@ -53,8 +54,13 @@ class ScriptArguments:
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Which layers a mask or LoRA is for, by default all linear ones but the head."}
     )
-    target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights to switch off."})
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of weights to switch off, by default 0.001."}
+    )
     target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
+    schedule_end: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps in which the mask grows to that, by default 1.0."}
+    )
     candidate_rule: Literal["magnitude", "random", "off-principal"] | None = field(
         default=None, metadata={"help": "Which weights of a mask have a score; by default the largest."}
     )
@@ -66,17 +72,18 @@ def adapter_of(arguments: ScriptArguments) -> PeftConfig | None:
     Raises:
         ValueError: if an argument is for another method, or out of range.
     """
-    mask_only = ("target_sparsity", "target_bytes", "candidate_rule")
+    mask_only = ("target_sparsity", "target_bytes", "schedule_end", "candidate_rule")
     wrong = [name for name in mask_only if arguments.method != "mask" and getattr(arguments, name) is not None]
     if arguments.method == "full" and arguments.target_modules is not None:
         wrong.append("target_modules")
     if wrong:
         raise ValueError(f"--{wrong[0]} says nothing to --method {arguments.method}; leave it out.")
     if arguments.method == "mask":
+        sparsity = arguments.target_sparsity
         return MaskConfig(
             task_type="CAUSAL_LM",
             target_modules=arguments.target_modules,
-            target_sparsity=arguments.target_sparsity,
+            target_sparsity=SPARSITY if sparsity is None and arguments.target_bytes is None else sparsity,
             target_bytes=arguments.target_bytes,
             candidate_rule="random" if arguments.candidate_rule == "random" else "magnitude",
         )
@@ -123,7 +130,14 @@ def load_tokenizer(name: str) -> Any:
 def trainer_of(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, arguments: ScriptArguments, settings: GRPOConfig
 ) -> GRPOTrainer:
-    """Put model, problems and reward together."""
+    """Put model, problems and reward together.
+
+    Raises:
+        ValueError: if an argument is for another method, or out of range.
+    """
+    adapter = adapter_of(arguments)
+    end = 1.0 if arguments.schedule_end is None else arguments.schedule_end
+    masked = [MaskCallback(SparsitySchedule("linear", end=end))] if arguments.method == "mask" else []
     trainer = GRPOTrainer(
         model,
         reward_funcs=correct,
@@ -131,8 +145,8 @@ def trainer_of(
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        peft_config=adapter_of(arguments),
-        callbacks=[MaskCallback()] if arguments.method == "mask" else None,
+        peft_config=adapter,
+        callbacks=masked,
     )
     if arguments.method == "mask":
         if arguments.candidate_rule == "off-principal":
@@ -186,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.set_defaults(per_device_train_batch_size=32, per_device_eval_batch_size=32, num_generations=8, beta=0.0)
     parser.set_defaults(gradient_checkpointing=False, save_strategy="no")
     parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # where nothing else is there, it has to be said
     try:
         arguments, settings = parser.parse_args_into_dataclasses(args=argv)
         settings.learning_rate = settings.learning_rate or LEARNING_RATES[arguments.method]
