@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         (ScriptArguments, GRPOConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.set_defaults(learning_rate=None, max_completion_length=16, logging_steps=5)
-    parser.set_defaults(per_device_train_batch_size=32, per_device_eval_batch_size=32, num_generations=8, beta=0.0)
+    parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=32, num_generations=4)
     parser.set_defaults(gradient_checkpointing=False, save_strategy="no")
     parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # where nothing else is there, it has to be said

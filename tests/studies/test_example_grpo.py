@@ -41,7 +41,7 @@ def chat_model(tmp_path_factory):
 
 def run(model, output, *arguments):
     common = ["--model_name_or_path", model, "--output_dir", str(output), "--max_steps", "2", "--logging_steps", "1"]
-    common += ["--per_device_train_batch_size", "16", "--max_completion_length", "4", "--bf16", "false"]
+    common += ["--per_device_train_batch_size", "16", "--num_generations", "8", "--max_completion_length", "4"]
     common += ["--largest", "4", "--train_problems", "8", "--test_problems", "4"]
     return grpo.main([*common, "--use_cpu", "true", "--disable_tqdm", "true", *arguments])
 
@@ -121,6 +121,7 @@ def test_to_merge_the_mask_to_generate_trains_the_same_mask(chat_model, tmp_path
         (["--method", "full", "--candidate_rule", "random"], r"--candidate_rule says nothing to --method full"),
         (["--target_sparsity", "2.0"], r"target_sparsity must be"),
         (["--target_modules", "nowhere"], r"nowhere"),
+        (["--schedule_end", "2"], r"begin and end must be fractions of the training"),
         (["--num_generations", "7"], r"must be divisible by num_generations \(7\)"),
     ],
 )
