@@ -22,12 +22,13 @@ from peft_mask.training.statistics import MaskStatistics
 class MaskCallback(TrainerCallback):
     """Logs the masks' figures beside the loss, and keeps the scores in checkpoints so that training can be resumed.
 
-    A thin door: `MaskStatistics` counts, `keep_scores` decides what is saved, `spend_budget` lets a budget grow,
-    `fill_budget` brings a file to the bytes it was promised; custom loops call these. With it,
-    `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores, and a resumed training ends as if
-    it had never stopped. Hand it to `Trainer(callbacks=[...])`: added later, it counts flips from the checkpoint. The
-    adapter saved after training holds masks only, and so does what `hub_strategy="every_save"` uploads. The strategies
-    "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes the scores.
+    A thin door: `MaskStatistics` counts, and warns of a training that has moved no score, `keep_scores` decides what is
+    saved, `spend_budget` lets a budget grow, `fill_budget` brings a file to the bytes it was promised; custom loops
+    call these. With it, `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores, and a resumed
+    training ends as if it had never stopped. Hand it to `Trainer(callbacks=[...])`: added later, it counts flips from
+    the checkpoint. The adapter saved after training holds masks only, and so does what `hub_strategy="every_save"`
+    uploads. The strategies "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes
+    the scores.
 
     With `load_best_model_at_end` the model is the best checkpoint in the end also where the trainer could not load it:
     an adapter that is not called "default", or a model of sentence-transformers. If that checkpoint is gone, a warning
@@ -63,6 +64,7 @@ class MaskCallback(TrainerCallback):
         self._before_step, self._after_step = tuple(before_step), tuple(after_step)
         self._started_from: MaskStatistics | None = None
         self._statistics: MaskStatistics | None = None  # in training
+        self._first_step = 0  # of this training, which may go on from a checkpoint
         self._aside: tuple[Path, Path] | None = None  # a checkpoint's file, and where its scores are meanwhile
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -81,6 +83,7 @@ class MaskCallback(TrainerCallback):
             warn_of_best(kwargs["model"])
         started_from = self._started_from if state.global_step > 0 else None
         self._statistics = self._started_from = started_from or MaskStatistics(kwargs["model"])
+        self._first_step = state.global_step
         self._plan(kwargs["model"], state)
         keep_scores(kwargs["model"])
 
@@ -148,6 +151,8 @@ class MaskCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._statistics is not None and state.global_step > self._first_step:
+            self._statistics.warn_of_unmoved(kwargs["model"])
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:

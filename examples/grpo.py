@@ -1,0 +1,253 @@
+"""Teach a chat model small sums by reinforcement learning: GRPO with TRL and a reward that can be verified.
+
+    python -m examples.grpo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --max_steps 100 --output_dir out
+
+asks sums of two numbers and rewards a reply that ends in the right one; `--largest 9` says how hard they are. It prints
+how many held-out sums are right before and after, and the reward in between; `out/results.json` holds the same with the
+log of all steps. `--method lora` and `--method full` train the same steps by LoRA r=8 and of all weights, to compare.
+
+Every argument of `trl.GRPOConfig` works (`--num_generations`, `--beta`, `--temperature`, `--learning_rate`, `--seed`,
+...); `--help` lists them. For a mask there is no learning rate to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from examples import launched
+from examples.arithmetic import correct, problems
+from examples.candidates import choose_off_principal
+from examples.card import command_of, write_card
+from examples.script import pretrained
+from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
+
+SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
+DTYPES = {"mask": "bfloat16", "lora": "bfloat16", "full": "float32"}  # in bfloat16 steps are too small for a weight
+LEARNING_RATES = {"mask": MASK_LR, "lora": 2e-4, "full": 1e-5}
+
+
+@dataclass
+class ScriptArguments:
+    """What `GRPOConfig` does not say."""
+
+    model_name_or_path: str = field(metadata={"help": "Chat model on the Hub, or a folder."})
+    method: Literal["mask", "lora", "full"] = field(default="mask", metadata={"help": "What is trained."})
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Of the weights, by default bfloat16, or float32 if all of them are trained."}
+    )
+    largest: int = field(default=20, metadata={"help": "Largest number that is added."})
+    train_problems: int = field(default=100, metadata={"help": "How many sums to learn from."})
+    test_problems: int = field(default=100, metadata={"help": "How many other sums to score."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Which layers a mask or LoRA is for, by default all linear ones but the head."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of weights to switch off, by default 0.001."}
+    )
+    target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
+    schedule_end: float | None = field(
+        default=None, metadata={"help": "Fraction of the steps in which the mask grows to that, by default 1.0."}
+    )
+    candidate_rule: Literal["magnitude", "random", "off-principal"] | None = field(
+        default=None, metadata={"help": "Which weights of a mask have a score; by default the largest."}
+    )
+
+
+def adapter_of(arguments: ScriptArguments) -> PeftConfig | None:
+    """Return what TRL wraps the model with; None to train all of its weights.
+
+    Raises:
+        ValueError: if an argument is for another method, or out of range.
+    """
+    mask_only = ("target_sparsity", "target_bytes", "schedule_end", "candidate_rule")
+    wrong = [name for name in mask_only if arguments.method != "mask" and getattr(arguments, name) is not None]
+    if arguments.method == "full" and arguments.target_modules is not None:
+        wrong.append("target_modules")
+    if wrong:
+        raise ValueError(f"--{wrong[0]} says nothing to --method {arguments.method}; leave it out.")
+    if arguments.method == "mask":
+        sparsity = arguments.target_sparsity
+        return MaskConfig(
+            task_type="CAUSAL_LM",
+            target_modules=arguments.target_modules,
+            target_sparsity=SPARSITY if sparsity is None and arguments.target_bytes is None else sparsity,
+            target_bytes=arguments.target_bytes,
+            candidate_rule="random" if arguments.candidate_rule == "random" else "magnitude",
+        )
+    if arguments.method == "lora":
+        targets = arguments.target_modules or "all-linear"
+        return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
+    return None
+
+
+def merge_to_generate(model: PeftModel) -> None:
+    """Let a masked model merge its mask whenever it generates: every token then costs what it costs the base.
+
+    What is generated is the same, to the bit, and so are the weights afterwards, however often.
+    """
+    generate = model.generate
+
+    @wraps(generate)
+    def merged(*args: Any, **settings: Any) -> Any:
+        model.merge_adapter()
+        try:
+            return generate(*args, **settings)
+        finally:
+            model.unmerge_adapter()
+
+    model.generate = merged
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer that can write a chat.
+
+    Raises:
+        ValueError: if there is none, or it has no chat template.
+    """
+    tokenizer = pretrained(AutoTokenizer, name, padding_side="left")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"--model_name_or_path {name}: its tokenizer has no chat template, so no question can be asked; expected a "
+            "chat model, such as one called -Instruct, or a chat_template.jinja beside the tokenizer."
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def trainer_of(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, arguments: ScriptArguments, settings: GRPOConfig
+) -> GRPOTrainer:
+    """Put model, problems and reward together.
+
+    Raises:
+        ValueError: if an argument is for another method, or out of range.
+    """
+    adapter = adapter_of(arguments)
+    end = 1.0 if arguments.schedule_end is None else arguments.schedule_end
+    masked = [MaskCallback(SparsitySchedule("linear", end=end))] if arguments.method == "mask" else []
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=correct,
+        args=settings,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=masked,
+    )
+    if arguments.method == "mask":
+        if arguments.candidate_rule == "off-principal":
+            choose_off_principal(trainer.model)
+        trainer.optimizer = create_mask_optimizer(trainer.model, mask_lr=settings.learning_rate)
+        merge_to_generate(trainer.model)
+    return trainer
+
+
+def accuracy(trainer: GRPOTrainer, tokenizer: Any, rows: Dataset) -> float:
+    """Return of how many rows the most likely reply is right."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    replies: list[list[dict[str, str]]] = []
+    for batch in rows.select_columns("prompt").iter(trainer.args.per_device_eval_batch_size):
+        inputs = tokenizer.apply_chat_template(
+            batch["prompt"], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        with torch.no_grad():
+            tokens = model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=trainer.args.max_completion_length,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        replies += [[{"role": "assistant", "content": text}] for text in texts]
+    return sum(correct(replies, rows["answer"])) / len(rows)
+
+
+def saved_bytes(folder: Path) -> int:
+    """Return the size of all tensors that were saved in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def print_results(results: dict[str, Any], output: Path) -> None:
+    """Print what was learned, and what it took."""
+    print(f"\n{results['method']}: {results['steps']} steps in {results['seconds']:.0f} s")
+    print(f"\n{'step':>8}{'reward':>10}")
+    for entry in results["log"]:
+        print(f"{entry['step']:>8}{entry['reward']:10.3f}")
+    print(f"\nheld-out sums that are right: {results['before']:.1%} before, {results['after']:.1%} after")
+    print(f"{output}: {results['saved_bytes']:,} bytes, {results['trained_parameters']:,} parameters trained")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train as the arguments say, save what was learned, and return the figures that are printed."""
+    parser = HfArgumentParser(
+        (ScriptArguments, GRPOConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(learning_rate=None, max_completion_length=16, logging_steps=5)
+    parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=32, num_generations=4)
+    parser.set_defaults(gradient_checkpointing=False, save_strategy="no")
+    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # where nothing else is there, it has to be said
+    try:
+        arguments, settings = parser.parse_args_into_dataclasses(args=argv)
+        settings.learning_rate = settings.learning_rate or LEARNING_RATES[arguments.method]
+        set_seed(settings.seed)
+        train, test = problems(arguments.largest, arguments.train_problems, arguments.test_problems, settings.seed)
+        tokenizer = load_tokenizer(arguments.model_name_or_path)
+        dtype = arguments.dtype or DTYPES[arguments.method]
+        model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, dtype=getattr(torch, dtype))
+        trainer = trainer_of(model, tokenizer, train, test, arguments, settings)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+    first, output = trainer.is_world_process_zero(), Path(settings.output_dir)
+    before = accuracy(trainer, tokenizer, test) if first else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    seconds = time.perf_counter() - start
+    after = accuracy(trainer, tokenizer, test) if first else None
+    trainer.save_model()
+    results = {
+        "method": arguments.method,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "before": before,
+        "after": after,
+        "log": [entry for entry in trainer.state.log_history if "reward" in entry],
+    }
+    if first:
+        results |= {"saved_bytes": saved_bytes(output), "command": command_of(ScriptArguments, argv, settings)}
+        (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        print_results(results, output)
+        if arguments.method == "mask":
+            write_card(
+                output,
+                results["command"],
+                "text-generation",
+                f"sums of two numbers up to {arguments.largest}",
+                figures={"accuracy": results["after"]},
+                facts={"accuracy without it": f"{results['before']:.4f}"},
+            )
+    if settings.push_to_hub:
+        trainer.push_to_hub()
+    launched.keep(trainer)
+    trainer.accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    launched.run(main)
