@@ -22,7 +22,9 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import grpo
+from examples.card import write_card
 
+HUB_NAME = "openai/gsm8k"
 ASK = "{} Think step by step, and end with #### and the number."
 ANSWER = "#### "
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -42,7 +44,7 @@ def as_chats(rows: Iterable[dict[str, str]]) -> list[dict[str, list[dict[str, st
 
 def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in load_dataset("openai/gsm8k", "main").items():
+    for split, rows in load_dataset(HUB_NAME, "main").items():
         lines = [json.dumps(chat) for chat in as_chats(rows)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         print(f"{folder / split}.jsonl: {len(lines):,} chats")
@@ -74,18 +76,17 @@ def correct(completions: Sequence[list[dict[str, str]]], answer: Sequence[str], 
     return [float(number == last_number(right)) for number, right in zip(replies, answer, strict=True)]
 
 
-def marked(completions: Sequence[list[dict[str, str]]], **_: Any) -> list[float]:
-    """Reward a reply that ends as it was asked to, be the number right or wrong."""
-    return [float(re.search(r"#### -?[\d,.]+$", reply[-1]["content"].strip()) is not None) for reply in completions]
-
-
 def run_grpo(folder: Path, argv: Sequence[str]) -> Any:
-    """Run `examples.grpo` with these problems and rewards in the place of its sums."""
+    """Run `examples.grpo` with these problems and this reward in the place of its sums, and a card that says so."""
 
     def these(_: int, train: int, test: int, __: int) -> tuple[Dataset, Dataset]:
         return problems(folder, "train", train), problems(folder, "test", test)
 
-    with mock.patch.multiple(grpo, problems=these, REWARDS={"correct": correct, "marked": marked}):
+    def card(output: Path, command: str, task: str, _: str, **known: Any) -> None:
+        here = command.replace("examples.grpo", f"benchmarks.gsm8k grpo {folder}", 1)
+        write_card(output, here, task, HUB_NAME, **known)
+
+    with mock.patch.multiple(grpo, problems=these, correct=correct, write_card=card):
         return grpo.main(argv)
 
 

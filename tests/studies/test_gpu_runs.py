@@ -131,17 +131,21 @@ def started(command, chats, tiny, tmp_path):
 
 @pytest.mark.parametrize("method", ["mask", "full"])
 def test_grpo_starts_as_the_page_says(method, chats, tiny, tmp_path, monkeypatch):
-    def varied(completions, **_):  # an untrained model is never right, and of equal rewards nothing is learned
+    def varied(completions, answer, **_):  # an untrained model is never right, and of equal rewards nothing is learned
         return [float(len(set(reply[-1]["content"]))) for reply in completions]
 
-    monkeypatch.setattr(gsm8k, "marked", varied)
+    monkeypatch.setattr(gsm8k, "correct", varied)
     command = next(c for c in commands() if c[2:4] == ("benchmarks.gsm8k", "grpo") and method in c)
     own = {"--num_generations": 2, "--max_completion_length": 8, "--train_problems": 4, "--test_problems": 3}
     gsm8k.main([*started(command, chats, tiny, tmp_path), *(str(word) for pair in own.items() for word in pair)])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["method"] == method
     assert results["steps"] == 1
-    assert set(results["after"]) == {"correct", "marked"}
+    if method == "mask":
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert f"python -m benchmarks.gsm8k grpo {chats}" in card
+        assert "openai/gsm8k" in card
+        assert "sums" not in card
 
 
 def test_sft_starts_as_the_page_says_and_its_merged_model_is_scored(chats, tiny, tmp_path, capsys):
@@ -157,7 +161,7 @@ def test_chats_ask_for_the_form_of_the_answers_that_they_hold():
     (chat, *_) = gsm8k.as_chats(ROWS)
     assert chat["prompt"][0]["content"].startswith(ROWS[0]["question"])
     assert chat["completion"][0]["content"] == "She has 40+2=42.\n#### 42"
-    assert gsm8k.marked([chat["completion"]]) == [1.0]
+    assert gsm8k.ANSWER.strip() in chat["prompt"][0]["content"]
 
 
 def test_the_answers_of_the_data_are_right_and_others_are_not(chats):
@@ -176,10 +180,8 @@ def test_the_last_number_of_a_reply_counts(text, number):
     assert gsm8k.last_number(text) == number
 
 
-def test_a_reply_without_a_number_is_wrong_and_not_marked():
-    reply = [{"role": "assistant", "content": "I do not know."}]
-    assert gsm8k.correct([reply], ["0"]) == [0.0]
-    assert gsm8k.marked([reply]) == [0.0]
+def test_a_reply_without_a_number_is_wrong():
+    assert gsm8k.correct([[{"role": "assistant", "content": "I do not know."}]], ["0"]) == [0.0]
 
 
 @pytest.mark.parametrize("count", [0, 13])
