@@ -77,7 +77,7 @@ class SignAdamW(torch.optim.AdamW):
             everything = self.param_groups
             self.param_groups = [group for group in everything if not group.get("sign")]
             try:
-                super().step()
+                _without_hooks(torch.optim.AdamW.step)(self)
             finally:
                 self.param_groups = everything
         return loss
@@ -212,3 +212,8 @@ class SignAdamW(torch.optim.AdamW):
             {"step": state["step"] + 1, "largest": value.clone()} for state, value in zip(before, largest, strict=True)
         ]
         return counts, after
+
+
+def _without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a class's `step` as it was before torch had it call hooks, which our own `step` calls already."""
+    return cast(Callable[..., Any], step.__wrapped__) if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]

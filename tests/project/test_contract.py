@@ -59,6 +59,12 @@ HOOKS = [
     # serving over several processes
     Hook("ray.serve.api:ingress", "builds the HTTP application in its replica", says="__serve_build_asgi_app__"),
     Hook("ray.serve.handle:DeploymentHandle.broadcast", "tells all replicas of a new version", ("method_name",)),
+    # steps
+    Hook(
+        "torch.optim.optimizer:Optimizer._patch_step_function",
+        "tells a step that calls hooks from one that does not",
+        says="step.hooked = True",
+    ),
     # registering
     Hook("peft.mapping:PEFT_TYPE_TO_CONFIG_MAPPING", "finds MaskConfig by the type in adapter_config.json"),
     Hook("peft.mapping:PEFT_TYPE_TO_TUNER_MAPPING", "finds MaskModel"),

@@ -241,6 +241,21 @@ def test_other_groups_are_those_of_adamw():
         assert torch.equal(a, b)
 
 
+def test_hooks_of_a_step_are_called_once_whatever_other_optimizers_there_are():
+    """torch wraps the `step` of a class, to call hooks, when its first optimizer is made."""
+    score, weight = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 2))
+    torch.optim.Adam([weight])
+    torch.optim.AdamW([weight])
+    optimizer = SignAdamW([{"params": [score], "sign": True}, {"params": [weight]}])
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    score.grad, weight.grad = torch.ones(2), torch.ones(2, 2)
+    optimizer.step()
+    assert calls == ["before", "after"]
+    assert weight.detach().all()
+
+
 def test_groups_can_be_added_later():
     p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = SignAdamW([p], lr=0.5)
