@@ -8,7 +8,7 @@ prints the perplexity of held-out answers and how many of them greedy decoding g
 
 A row of a file (JSONL, JSON, Parquet, CSV or TSV) holds `messages`, or a question and its answer in the columns
 `prompt` and `completion`. Every argument of `trl.SFTConfig` works (`--max_steps`, `--max_length`, `--packing`,
-`--gradient_checkpointing`, `--chat_template_path`, `--eos_token`, `--bf16`, ...); `--help` lists them. The mask has no
+`--gradient_checkpointing`, `--chat_template_path`, `--eos_token`, ...); `--help` lists them. The mask has no
 learning rate; `--learning_rate` is that of the rows of new tokens.
 """
 
@@ -83,7 +83,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, SFTConfig
         (ScriptArguments, SFTConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.set_defaults(learning_rate=HEAD_LR, per_device_train_batch_size=8, save_strategy="no", report_to="none")
-    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    parser.set_defaults(dataloader_pin_memory=on_gpu, use_cpu=not on_gpu)  # or transformers would refuse bf16
     return parser.parse_args_into_dataclasses(args=argv)
 
 
