@@ -48,7 +48,7 @@ def run(plan: Plan, setting: Setting, results: Path) -> None:
     print(", ".join(f"{name} {value}" for name, value in key.items() if value or name == "seed"), flush=True)
     figures = figures_of(plan, setting)
     print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None), flush=True)
-    runs_in(results).add({**key, **figures, "environment": environment()})
+    runs_in(results).add({**figures, **key, "environment": environment()})  # sparsity is what was asked for
 
 
 def study(name: str, data: str, seeds: tuple[int, ...], results: Path) -> Iterator[Plan]:
