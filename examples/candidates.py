@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft_mask import MaskLayer
 
 RANK = 32
+OVERSAMPLED = 10  # directions more than asked for, without which the last ones would be guesses
 
 
 def low_rank(weight: torch.Tensor, rank: int = RANK, seed: int = 0) -> torch.Tensor:
@@ -26,8 +27,8 @@ def low_rank(weight: torch.Tensor, rank: int = RANK, seed: int = 0) -> torch.Ten
     matrix = weight.detach().float().flatten(1)
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape))
-    return (u * s @ v.T).view(weight.shape)
+        u, s, v = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLED, *matrix.shape), niter=4)
+    return (u[:, :rank] * s[:rank] @ v[:, :rank].T).view(weight.shape)
 
 
 def off_principal(weight: torch.Tensor, count: int, rank: int = RANK) -> torch.Tensor:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from examples.candidates import low_rank, off_principal
 from peft_mask import MaskLayer
 
-Preference = Callable[[nn.Module, Iterable[Any], Callable[[Any], Any]], dict[str, Tensor]]
+Run = Callable[[Any], Any]
+Rule = Callable[[MaskLayer, int, Tensor], Tensor]  # of a layer, how many, and the norms of its inputs: positions
 RANK = 64  # of what LIFT and "The Path Not Taken" call the principal part
 
 
-def set_candidates(model: nn.Module, rule: str, batches: Iterable[Any], run: Callable[[Any], Any]) -> None:
+def set_candidates(model: nn.Module, rule: str, batches: Iterable[Any], run: Run) -> None:
     """Choose the candidates of an adapter anew.
 
     Args:
@@ -24,11 +27,9 @@ def set_candidates(model: nn.Module, rule: str, batches: Iterable[Any], run: Cal
         run: computes a forward pass of a batch.
     """
     layers = mask_layers(model)
-    preferences = RULES[rule](layers, batches, run)
-    positions = {
-        name: preferences[name].flatten().topk(scores_of(layer).numel(), sorted=False).indices
-        for name, layer in layers.items()
-    }
+    norms = input_norms(layers, batches, run)
+    choose = RULES[rule]
+    positions = {name: choose(layer, scores_of(layer).numel(), norms[name]) for name, layer in layers.items()}
     cast(Any, model).base_model.set_candidates(positions)
 
 
@@ -41,7 +42,7 @@ def scores_of(layer: MaskLayer) -> Tensor:
     return cast(Any, layer).peft_mask_scores["default"]
 
 
-def input_norms(layers: dict[str, MaskLayer], batches: Iterable[Any], run: Callable[[Any], Any]) -> dict[str, Tensor]:
+def input_norms(layers: dict[str, MaskLayer], batches: Iterable[Any], run: Run) -> dict[str, Tensor]:
     """Return the norm of each input of each layer over all tokens of the batches, (inputs,), float32."""
     squares: dict[str, Tensor] = {}
 
@@ -63,31 +64,23 @@ def input_norms(layers: dict[str, MaskLayer], batches: Iterable[Any], run: Calla
     return {name: square.sqrt() for name, square in squares.items()}
 
 
-def weight_of(layer: MaskLayer) -> Tensor:
-    return cast(Tensor, cast(Any, layer).base_layer.weight).detach().float()
+def magnitudes(layer: MaskLayer) -> Tensor:
+    return layer.unmerged_weight().detach().float().abs()
 
 
-def by_activation(
-    layers: dict[str, MaskLayer], batches: Iterable[Any], run: Callable[[Any], Any], sign: int = 1
-) -> dict[str, Tensor]:
-    """Return `|w| * norm of its input`, Wanda's order (Sun et al. 2023, arXiv 2306.11695)."""
-    norms = input_norms(layers, batches, run)
-    return {name: sign * weight_of(layer).abs() * norms[name] for name, layer in layers.items()}
+def by_activation(layer: MaskLayer, count: int, norms: Tensor, sign: int = 1) -> Tensor:
+    """Take those of largest `|w| * norm of its input`, Wanda's order (Sun et al. 2023, arXiv 2306.11695)."""
+    return (sign * magnitudes(layer) * norms).flatten().topk(count).indices
 
 
-def after_rank_reduction(layers: dict[str, MaskLayer], *_: Any, sign: int = 1) -> dict[str, Tensor]:
-    """Return the magnitudes of the best approximation of rank `RANK`, LIFT's order (arXiv 2506.00772)."""
-    return {name: sign * low_rank(weight_of(layer)).abs() for name, layer in layers.items()}
+def by_low_rank(layer: MaskLayer, count: int, norms: Tensor) -> Tensor:
+    """Take the largest of an approximation of rank `RANK`, LIFT's order (arXiv 2506.00772)."""
+    return low_rank(layer.unmerged_weight(), RANK).abs().flatten().topk(count).indices
 
 
-def low_rank(weight: Tensor) -> Tensor:
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return (left[:, :RANK] * values[:RANK]) @ right[:RANK]
-
-
-RULES: dict[str, Preference] = {
+RULES: dict[str, Rule] = {
     "activation": by_activation,
-    "activation, smallest": lambda *given: by_activation(*given, sign=-1),
-    "low rank": after_rank_reduction,
-    "off the low rank": lambda *given: after_rank_reduction(*given, sign=-1),
+    "activation, smallest": partial(by_activation, sign=-1),
+    "low rank": by_low_rank,
+    "off the low rank": lambda layer, count, norms: off_principal(layer.unmerged_weight(), count, RANK),
 }

@@ -111,15 +111,18 @@ def test_activation_ranks_weights_by_the_norm_of_their_input(model, tokenizer):
 def test_low_rank_ranks_weights_by_the_best_approximation(model, tokenizer, monkeypatch):
     rows = answered([("a cat", " pet")], tokenizer)
     model = masked(model)
-    whole = {name: set(layer.positions("default").tolist()) for name, layer in candidates.mask_layers(model).items()}
-    assert chosen(model, "low rank", rows) == whole  # 32 outputs: rank 64 is all of it, and the largest are the largest
+    magnitude = {
+        name: set(layer.positions("default").tolist()) for name, layer in candidates.mask_layers(model).items()
+    }
+    assert chosen(model, "low rank", rows) == magnitude  # 32 outputs: rank 64 is all of it, the largest are the largest
     monkeypatch.setattr(candidates, "RANK", 1)
     found, others = chosen(model, "low rank", rows), chosen(model, "off the low rank", rows)
     for name, layer in candidates.mask_layers(model).items():
         left, values, right = torch.linalg.svd(layer.base_layer.weight.detach())
         first = (values[0] * torch.outer(left[:, 0], right[0])).abs().flatten()
         count = candidates.scores_of(layer).numel()
-        assert found[name] == set(first.topk(count).indices.tolist())
+        exact = set(first.topk(count).indices.tolist())
+        assert len(found[name] & exact) > 0.9 * count  # `svd_lowrank` is an approximation
         assert not found[name] & others[name]
 
 
