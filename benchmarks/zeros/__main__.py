@@ -55,7 +55,7 @@ def study(name: str, data: str, seeds: tuple[int, ...], results: Path) -> Iterat
     """The trainings of one study; of rivals seeds beyond the first run at the rate that dev chose."""
     if name == "rivals":
         yield from plans.rivals(data)
-        for seed in seeds[1:]:
+        for seed in (seed for seed in seeds if seed):
             yield from best_rates(runs_in(results).read().values(), data, plans.STEPS[data], seed)
     else:
         yield from plans.of_seeds(plans.STUDIES[name](data), seeds)

@@ -45,7 +45,9 @@ def write_page_of(folder: Path) -> None:
     settings = sorted({(row["data"], row["steps"]) for row in rows if row["method"] != "base"})
     for data, steps in settings:
         own = [row for row in rows if (row["data"], row["steps"]) == (data, steps)]
-        parts.append(f"## {data}, {steps} steps\n\n{table(HEADER, [*lines([base[data]]), *lines(own)])}")
+        parts.append(
+            f"## {data}, {steps} steps\n\n{table(HEADER, [*lines([base[data]] if data in base else []), *lines(own)])}"
+        )
     where = together([row["environment"] for row in rows])
     told = f"{where['cpu']}, {where['threads']} threads; torch {where['versions']['torch']}, transformers "
     parts.append(f"{told}{where['versions']['transformers']}, peft {where['versions']['peft']}; {where['date']}.")

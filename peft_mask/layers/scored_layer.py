@@ -143,7 +143,7 @@ class ScoredLayer(MergingLayer):
             raise ValueError(f"every weight of '{name}' has a score: set candidates in MaskConfig to protect some.")
         flat = protected.detach().reshape(-1)
         numel = self.mask_shape.numel()
-        if flat.is_floating_point() or not ((flat >= 0) & (flat < numel)).all():
+        if flat.is_floating_point() or flat.dtype == torch.bool or not ((flat >= 0) & (flat < numel)).all():
             raise ValueError(
                 f"cannot protect weights of '{name}': expected integers from 0 to {numel - 1}, got {flat.dtype} from "
                 f"{flat.min() if len(flat) else 'nothing'} to {flat.max() if len(flat) else 'nothing'}."

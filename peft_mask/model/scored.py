@@ -106,7 +106,8 @@ class ScoredAdapters(BaseTuner):
 
         They lose their scores, and the largest weights without one get them in their place. Nothing else changes: the
         number of candidates, what other scores count, the file. Once it is saved, an adapter is its zeros, of which
-        these are none.
+        these are none. It holds until candidates are chosen anew: by `set_candidates`, or where a saved adapter is
+        loaded to be trained on. Call it again then.
 
         Args:
             positions: by the names of masked modules in the base model, which weights: integers, in row-major order.
@@ -140,7 +141,7 @@ class ScoredAdapters(BaseTuner):
         for module, protected in positions.items():
             layer = layers[module]
             with onloaded(layer):
-                own = protected if isinstance(protected, torch.Tensor) else torch.tensor([*protected], dtype=torch.long)
+                own = protected if isinstance(protected, torch.Tensor) else _as_tensor(protected)
                 changes[module] = layer.candidates_without(name, own, module)
         for module, new in changes.items():
             layers[module].set_candidates(name, new)
@@ -232,6 +233,10 @@ def trained_scores(model: nn.Module) -> Iterator[tuple[str, MaskLayer, str]]:
             for adapter_name, parameter in module.peft_mask_scores.items():
                 if parameter.requires_grad:
                     yield f"{name}.{adapter_name}", module, adapter_name
+
+
+def _as_tensor(positions: Collection[int]) -> torch.Tensor:
+    return torch.tensor([*positions]) if positions else torch.zeros(0, dtype=torch.long)
 
 
 def _check_modules(what: str, given: Mapping[str, Any], layers: Mapping[str, MaskLayer]) -> None:

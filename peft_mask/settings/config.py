@@ -20,6 +20,7 @@ from peft_mask.settings.options import (
     GATES_SPARSITY,
     TASKS_WITH_HEAD,
     UNSET,
+    WORDS,
     Binarizer,
     CandidateRule,
     Head,
@@ -180,7 +181,10 @@ class MaskConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+                value = set(value)
+            if isinstance(value, set) and len(value) == 1 and (word := next(iter(value))).lower() in WORDS:
+                value = word  # a command line makes a list of it
+            setattr(self, name, value)
         if isinstance(self.layers_to_transform, Collection):
             self.layers_to_transform = sorted(self.layers_to_transform)  # a range has no place in a file
         fill_in(self)
@@ -228,7 +232,8 @@ class MaskConfig(PeftConfig):
         >>> MaskConfig.gates(task_type="CAUSAL_LM").target_sparsity
         0.002
         """
-        budget = {} if "target_bytes" in fields else {"target_sparsity": GATES_SPARSITY}
+        has_own = {"target_bytes", "pattern"} & fields.keys() or fields.get("binarizer", "topk") != "topk"
+        budget = {} if has_own else {"target_sparsity": GATES_SPARSITY}
         return cls(**({"target_modules": GATES} | budget | fields))
 
     @property

@@ -24,7 +24,8 @@ InitWeights = Literal["uniform", "exact_uniform", "magnitude", "magnitude_and_un
 
 TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 LARGEST_GROUP = 32  # weights of an N:M group
-GATES = "gate-projections"  # of `target_modules`, as PEFT's "all-linear"
+GATES = "gate-projections"
+WORDS = ("all-linear", GATES)  # in the place of names of modules
 DEFAULT_SPARSITY = 0.005
 GATES_SPARSITY = 0.002
 DEFAULT_CANDIDATES = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -16,7 +16,7 @@ from peft_mask.model.uploads import put_scores_back, set_scores_aside
 from peft_mask.training.checkpoints import keep_best, record_share, recorded_share, warn_of_best
 from peft_mask.training.schedule import SparsitySchedule
 from peft_mask.training.spending import all_spent, budgets, end_spending, fill_budget, spend_budget, spent_share
-from peft_mask.training.statistics import MaskStatistics
+from peft_mask.training.statistics import MaskStatistics, warn_of_unmoved
 
 
 class MaskCallback(TrainerCallback):
@@ -151,8 +151,8 @@ class MaskCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._statistics is not None and state.global_step > self._first_step:
-            self._statistics.warn_of_unmoved(kwargs["model"])
+        stepped = self._statistics is not None and state.global_step > self._first_step
+        unmoved = cast(MaskStatistics, self._statistics).unmoved(kwargs["model"]) if stepped else []
         self._statistics = None
         keep_scores(kwargs["model"], enabled=False)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -160,3 +160,4 @@ class MaskCallback(TrainerCallback):
         end_spending(kwargs["model"])
         if all_spent(kwargs["model"]):
             fill_budget(kwargs["model"])
+        warn_of_unmoved(unmoved)  # last, for a warning may be an error

@@ -16,6 +16,8 @@ from peft_mask.tensors.sharded import whole
 class MaskStatistics:
     """Figures of the masks in training, counted from the scores against where they started.
 
+    Where FSDP2 or ZeRO-3 keeps scores in parts, all processes make it together, and call `unmoved` together.
+
     Args:
         model: a model with masks to train; its masks now are what flips are counted against.
 
@@ -57,8 +59,6 @@ class MaskStatistics:
     def unmoved(self, model: nn.Module) -> list[str]:
         """Return the adapters in training of which no score has changed since the start, by name.
 
-        All processes must call this together where FSDP2 or ZeRO-3 keeps scores in parts.
-
         Example:
             >>> import torch
             >>> from peft import get_peft_model
@@ -80,16 +80,21 @@ class MaskStatistics:
     def warn_of_unmoved(self, model: nn.Module) -> None:
         """Warn of every adapter whose scores a training has left where they were: it has learned nothing.
 
-        `MaskCallback` calls this at the end of a training; a custom loop calls it before saving.
+        `MaskCallback` does so at the end of a training; a custom loop calls it after saving.
         """
-        for adapter in self.unmoved(model):
-            warnings.warn(
-                f"no score of the adapter '{adapter}' has moved, so its mask is the one that the training started "
-                "from. Expected a gradient that is finite and not zero in one step at least, there was none. Look for "
-                "a reward that is the same for all completions of a prompt (GRPO, RLOO), a loss that does not depend "
-                "on the masked layers, or a learning rate of zero.",
-                stacklevel=3,
-            )
+        warn_of_unmoved(self.unmoved(model))
+
+
+def warn_of_unmoved(adapters: list[str]) -> None:
+    """Warn of adapters that a training has taught nothing (see `MaskStatistics.unmoved`)."""
+    for adapter in adapters:
+        warnings.warn(
+            f"no score of the adapter '{adapter}' has moved, so its mask is the one that the training started from. "
+            "Either no step had a gradient that is finite and not zero: look for a reward that is the same for all "
+            "completions of a prompt (GRPO, RLOO), or a loss that does not depend on the masked layers. Or no step "
+            "moved anything: look at the learning rate.",
+            stacklevel=3,
+        )
 
 
 def _checksum(name: str, layer: MaskLayer, adapter_name: str) -> str:

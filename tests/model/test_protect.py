@@ -81,7 +81,9 @@ def test_what_is_not_masked_cannot_be_protected():
         model.base_model.protect({NAME: torch.tensor([0]), "model.layers.0.mlp.up_proj": torch.tensor([0])})
 
 
-@pytest.mark.parametrize("positions", [torch.tensor([-1]), torch.tensor([10**9]), torch.tensor([0.5])])
+@pytest.mark.parametrize(
+    "positions", [torch.tensor([-1]), torch.tensor([10**9]), torch.tensor([0.5]), torch.tensor([True, False]), [0.7]]
+)
 def test_positions_that_are_none_change_nothing(positions):
     model = masked()
     other = "model.layers.1.mlp.down_proj"
@@ -89,6 +91,24 @@ def test_positions_that_are_none_change_nothing(positions):
     with pytest.raises(ValueError, match=f"protect weights of '{NAME}': expected integers from 0 to"):
         model.base_model.protect({other: largest(layer_of(model, other), 1), NAME: positions})
     assert torch.equal(layer_of(model, other).positions("default"), before)
+
+
+def test_to_protect_nothing_changes_nothing():
+    model = masked()
+    before = layer_of(model).positions("default").clone()
+    model.base_model.protect({NAME: {}})
+    assert torch.equal(layer_of(model).positions("default"), before)
+
+
+def test_candidates_that_are_chosen_anew_are_not_protected():
+    """As the docstring says: a saved adapter is its zeros."""
+    model = masked()
+    layer = layer_of(model)
+    protected = largest(layer, 3)
+    model.base_model.protect({NAME: protected})
+    assert not torch.isin(protected, layer.positions("default")).any()
+    fresh = masked()
+    assert torch.isin(protected, layer_of(fresh).positions("default")).all()
 
 
 def test_scores_for_all_weights_protect_none():

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.zeros import __main__ as study
-from benchmarks.zeros import candidates, plan, training
+from benchmarks.zeros import candidates, forgetting, plan, training
 from benchmarks.zeros.data import IGNORED, answered, joined, packed
 from benchmarks.zeros.forgetting import answers
 from benchmarks.zeros.plan import Plan
@@ -128,6 +128,8 @@ def test_low_rank_ranks_weights_by_the_best_approximation(model, tokenizer, monk
 
 def test_a_study_goes_on_where_it_was_stopped(folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "STEPS", {"banking77": 2, "clinc150": 2})
+    monkeypatch.setattr(forgetting, "QUESTIONS", forgetting.QUESTIONS[:2])
+    monkeypatch.setattr(forgetting, "LENGTH", 4)
     arguments = ["--model", folder, "--data", str(data), "--results", str(tmp_path)]
     study.main([*arguments, "--learn", "clinc150", "--study", "rivals", "candidates"])
     rows = runs_in(tmp_path).read()
@@ -145,7 +147,9 @@ def test_a_study_goes_on_where_it_was_stopped(folder, data, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(study, "figures_of", lambda plan, setting: seen.append(plan) or {"dev": 1.0})
     monkeypatch.setattr(study, "write_page_of", lambda folder: None)
-    study.main([*arguments, "--learn", "clinc150", "--study", "rivals", "--seeds", "0", "1"])
+    study.main([*arguments, "--learn", "clinc150", "--study", "rivals", "candidates"])
+    assert seen == []
+    study.main([*arguments, "--learn", "clinc150", "--study", "rivals", "--seeds", "1"])
     assert [(made.method, made.seed) for made in seen] == [("full", 1), ("LoRA", 1)]  # each at the rate that dev chose
     for made in seen:
         tries = [row for row in rows.values() if row["method"] == made.method]

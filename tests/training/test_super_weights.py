@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from peft_mask import MaskConfig, super_weights
 from tests.tiny_models import tiny_inputs, tiny_model
@@ -43,13 +44,15 @@ def test_nothing_is_left_behind():
     base, inputs, loss = model_with_one()
     model = get_peft_model(base, MaskConfig(task_type="CAUSAL_LM"))
     model.train()
+    base.get_submodule("model.layers.0.mlp").eval()
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     computed = model(**inputs).logits
     assert super_weights(model, [inputs, inputs], loss(model), rise=0.0, tried=4)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert torch.equal(model(**inputs).logits, computed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("down_proj"))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_protect_takes_what_was_found():
@@ -76,3 +79,38 @@ def test_without_batches_or_linear_layers_it_says_so():
     model = get_peft_model(tiny_model("llama", "lm"), MaskConfig(target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="looked for in 0 masked linear layers by 1 batches"):
         super_weights(model, [tiny_inputs(model, labels=True)], lambda batch: model(**batch).loss)
+
+
+def test_a_weight_without_which_the_loss_is_no_number_is_the_worst():
+    base, inputs, loss = model_with_one()
+    model = get_peft_model(base, MaskConfig(task_type="CAUSAL_LM"))
+    real = loss(model)
+    found = super_weights(model, [inputs], lambda batch: real(batch) if real(batch) == 0 else torch.tensor(torch.nan))
+    assert all(own == torch.inf for weights in found.values() for own in weights.values())
+    assert sum(map(len, found.values())) > 0
+    with pytest.raises(ValueError, match="a loss that is finite, got nan"):
+        super_weights(model, [inputs], lambda batch: real(batch) * torch.nan)
+
+
+def test_masks_that_have_zeros_are_refused():
+    base, inputs, loss = model_with_one()
+    model = get_peft_model(base, MaskConfig(task_type="CAUSAL_LM", init_weights=False))
+    with pytest.raises(ValueError, match=r"those of the base: .* have weights switched off already"):
+        super_weights(model, [inputs], loss(model))
+
+
+def test_a_layer_that_sees_no_token_is_passed_over():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x[:0]).sum()
+
+    torch.manual_seed(0)
+    model = get_peft_model(Routed(), MaskConfig(target_modules=["first", "second"]))
+    x = torch.randn(3, 8)
+    found = super_weights(model, [x], lambda batch: -model(batch).square().mean(), rise=-torch.inf, tried=5)
+    assert [*found] == ["first"]
+    assert len(found["first"]) == 5

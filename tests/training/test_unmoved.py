@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from peft_mask import MaskCallback, MaskConfig, MaskStatistics, create_mask_optimizer
 from tests.tiny_models import tiny_inputs, tiny_model
 
-UNMOVED = "no score of the adapter '{}' has moved, .* Look for a reward that is the same for all completions"
+UNMOVED = "no score of the adapter '{}' has moved, .* look for a reward that is the same for all completions"
 
 
 def masked_bert(**fields):
