@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from examples import sft
 from examples.chat import answers_of, check_markers, load_conversations
 from tests.chat_models import CHATML, tiny_chat_model
-from tests.examples.test_sft import CHATS, PAIRS, chat, line, write
+from tests.studies.test_example_sft import CHATS, PAIRS, chat, line, write
 
 
 @pytest.fixture(scope="module")
