@@ -68,7 +68,7 @@ class ScriptArguments:
     )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Which layers a mask or LoRA is for, by default all linear ones but the head."},
+        metadata={"help": "Which layers a mask or LoRA is for, or gate-projections; by default all linear ones."},
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of weights to switch off, by default 0.001."}
