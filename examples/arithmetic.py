@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from typing import Any
 
 from datasets import Dataset
 
@@ -16,12 +13,9 @@ EXAMPLE = [
     {"role": "user", "content": QUESTION.format(2, 3)},
     {"role": "assistant", "content": ANSWER.format(2, 3, 5)},
 ]
-_NUMBER = re.compile(r"\d+")
-
-Chat = list[dict[str, str]]
 
 
-def problems(largest: int, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
+def sums(largest: int, train: int, test: int, seed: int) -> tuple[Dataset, Dataset]:
     """Draw different sums of two numbers from 0 to `largest`, for training and held out.
 
     Returns:
@@ -45,20 +39,3 @@ def problems(largest: int, train: int, test: int, seed: int) -> tuple[Dataset, D
         question = {"role": "user", "content": QUESTION.format(a, b)}
         rows.append({"prompt": [*EXAMPLE, question], "answer": str(a + b)})
     return Dataset.from_list(rows[:train]), Dataset.from_list(rows[train:])
-
-
-def last_number(reply: str) -> str | None:
-    """Return the last number in a reply, without leading zeros: where "8 + 7 = 15" says what it is; None if none is."""
-    found = _NUMBER.findall(reply)
-    return str(int(found[-1])) if found else None
-
-
-def correct(completions: Sequence[Chat], answer: Sequence[str], **_: Any) -> list[float]:
-    """Reward a reply whose last number is the sum: 1, or 0.
-
-    Args:
-        completions: replies as TRL hands them over, each a chat of one message.
-        answer: of each the right number, as a text.
-    """
-    replies = [completion[-1]["content"] for completion in completions]
-    return [float(last_number(reply) == right) for reply, right in zip(replies, answer, strict=True)]

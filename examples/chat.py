@@ -48,9 +48,9 @@ def load_conversations(
     source = rows.info.description
     if {prompt_column, completion_column} <= set(rows.column_names):
         pairs = zip(rows[prompt_column][:], rows[completion_column][:], strict=True)
-        found = [_as_messages(prompt, "user") + _as_messages(answer, "assistant") for prompt, answer in pairs]
+        found = [as_messages(prompt, "user") + as_messages(answer, "assistant") for prompt, answer in pairs]
     elif "messages" in rows.column_names:
-        found = [_as_messages(messages, "user") for messages in rows["messages"][:]]
+        found = [as_messages(messages, "user") for messages in rows["messages"][:]]
     else:
         raise ValueError(
             f"{source}: there is neither a column 'messages' nor both of {prompt_column!r} and {completion_column!r}, "
@@ -58,14 +58,18 @@ def load_conversations(
         )
     for number, messages in enumerate(found, 1):
         try:
-            _check(messages)
+            check_messages(messages)
+            if not any(message["role"] == "assistant" for message in messages):
+                raise ValueError(
+                    "there is no answer of the assistant, and so nothing to learn; add one, or leave the row out."
+                )
         except ValueError as error:
             raise ValueError(f"{source}: row {number}: {error}") from None
     start = [] if system is None else [{"role": "system", "content": system}]
     return [(start if messages[0]["role"] != "system" else []) + messages for messages in found]
 
 
-def _as_messages(value: Any, role: str) -> list[Any]:
+def as_messages(value: Any, role: str) -> list[Any]:
     """Return a list of messages as it is, without what they lack, and a text as a message of `role`."""
     if not isinstance(value, list):
         return [{"role": role, "content": value}]
@@ -75,8 +79,8 @@ def _as_messages(value: Any, role: str) -> list[Any]:
     ]
 
 
-def _check(messages: Sequence[Any]) -> None:
-    """Raise ValueError if one is no message, of an unknown role or without text, or none is the assistant's."""
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raise ValueError if one is no message, of an unknown role or without text."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is {message!r:.60}; expected an object with 'role' and 'content'.")
@@ -89,8 +93,6 @@ def _check(messages: Sequence[Any]) -> None:
             raise ValueError(f"message {number}, of the {role}, has no text in 'content'; fill it in, or leave it out.")
         if more := sorted(message.keys() - {"role", "content"}):
             raise ValueError(f"message {number} has {more} beside 'role' and 'content', which would be lost.")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("there is no answer of the assistant, and so nothing to learn; add one, or leave the row out.")
 
 
 def answers_of(messages: Sequence[Message]) -> list[dict[str, list[Message]]]:

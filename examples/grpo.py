@@ -1,10 +1,12 @@
-"""Teach a chat model small sums by reinforcement learning: GRPO with TRL and a reward that can be verified.
+"""Teach a chat model to calculate by reinforcement learning: GRPO with TRL and a reward that can be verified.
 
     python -m examples.grpo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --max_steps 100 --output_dir out
 
-asks sums of two numbers and rewards a reply that ends in the right one; `--largest 9` says how hard they are. It prints
-how many held-out sums are right before and after, and the reward in between; `out/results.json` holds the same with the
-log of all steps. `--method lora` and `--method full` train the same steps by LoRA r=8 and of all weights, to compare.
+asks sums of two numbers and rewards a reply that ends in the right one; `--largest 9` says how hard they are. Problems
+of your own come from `--train_file problems.jsonl` (or JSON, Parquet, CSV, TSV): rows with a `prompt`, a text or a list
+of messages, and its `answer`, a number. It prints how many held-out answers are right before and after, and the reward
+in between; `out/results.json` holds the same with the log of all steps. `--method lora` and `--method full` train the
+same steps by LoRA r=8 and of all weights, to compare.
 
 Every argument of `trl.GRPOConfig` works (`--num_generations`, `--beta`, `--temperature`, `--learning_rate`, `--seed`,
 ...); `--help` lists them. For a mask there is no learning rate to choose.
@@ -28,15 +30,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import GRPOConfig, GRPOTrainer
 
 from examples import launched
-from examples.arithmetic import correct, problems
+from examples.arithmetic import sums
 from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
-from examples.script import pretrained
+from examples.problems import hold_out, load_problems, take
+from examples.rewards import correct
+from examples.script import pretrained, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
 SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
 DTYPES = {"mask": "bfloat16", "lora": "bfloat16", "full": "float32"}  # in bfloat16 steps are too small for a weight
 LEARNING_RATES = {"mask": MASK_LR, "lora": 2e-4, "full": 1e-5}
+LARGEST, SUMS, SUM_LENGTH = 20, 100, 16  # of the sums, where nothing else is said
 
 
 @dataclass
@@ -48,11 +53,22 @@ class ScriptArguments:
     dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Of the weights, by default bfloat16, or float32 if all of them are trained."}
     )
-    largest: int = field(default=20, metadata={"help": "Largest number that is added."})
-    train_problems: int = field(default=100, metadata={"help": "How many sums to learn from."})
-    test_problems: int = field(default=100, metadata={"help": "How many other sums to score."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSONL, JSON, Parquet, CSV or TSV file of problems, in place of sums."}
+    )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Problems to score; by default a tenth of those to learn from is held out."}
+    )
+    largest: int | None = field(default=None, metadata={"help": "Largest number of the sums, by default 20."})
+    train_problems: int | None = field(
+        default=None, metadata={"help": "How many to learn from, by default 100 sums, or all rows of the file."}
+    )
+    test_problems: int | None = field(
+        default=None, metadata={"help": "How many to score, by default 100 other sums, or all rows of the file."}
+    )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Which layers a mask or LoRA is for, by default all linear ones but the head."}
+        default=None,
+        metadata={"help": "Which layers a mask or LoRA is for, or gate-projections; by default all linear ones."},
     )
     target_sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of weights to switch off, by default 0.001."}
@@ -78,18 +94,22 @@ def adapter_of(arguments: ScriptArguments) -> PeftConfig | None:
         wrong.append("target_modules")
     if wrong:
         raise ValueError(f"--{wrong[0]} says nothing to --method {arguments.method}; leave it out.")
+    targets = targets_of(arguments.target_modules)
     if arguments.method == "mask":
         sparsity = arguments.target_sparsity
         return MaskConfig(
             task_type="CAUSAL_LM",
-            target_modules=arguments.target_modules,
+            target_modules=targets,
             target_sparsity=SPARSITY if sparsity is None and arguments.target_bytes is None else sparsity,
             target_bytes=arguments.target_bytes,
             candidate_rule="random" if arguments.candidate_rule == "random" else "magnitude",
         )
     if arguments.method == "lora":
-        targets = arguments.target_modules or "all-linear"
-        return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
+        if targets == "gate-projections":
+            raise ValueError(
+                f"--target_modules {targets} is known to masks alone; name the modules, such as gate_proj."
+            )
+        return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets or "all-linear")
     return None
 
 
@@ -125,6 +145,45 @@ def load_tokenizer(name: str) -> Any:
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def problems_of(arguments: ScriptArguments, tokenizer: Any, seed: int) -> tuple[Dataset, Dataset, str]:
+    """Return problems to learn from, held-out ones, and what these are called: sums, or those of files.
+
+    Raises:
+        ValueError: if arguments do not go together, a file holds something else, or there are not enough problems.
+        FileNotFoundError: if a file does not exist.
+    """
+    learned, scored = arguments.train_problems, arguments.test_problems
+    if arguments.train_file is None:
+        if arguments.test_file is not None:
+            raise ValueError(
+                f"--test_file {arguments.test_file} goes with --train_file; give both, or neither for sums."
+            )
+        largest = LARGEST if arguments.largest is None else arguments.largest
+        counts = [SUMS if count is None else count for count in (learned, scored)]
+        return *sums(largest, *counts, seed), f"sums of two numbers up to {largest}"
+    if arguments.largest is not None:
+        raise ValueError(
+            f"--largest {arguments.largest} is for sums, and the problems are those of --train_file "
+            f"{arguments.train_file}; leave one of the two out."
+        )
+    train = load_problems("train_file", arguments.train_file, tokenizer)
+    if arguments.test_file is None:
+        train, test = hold_out(train, scored, seed)
+    else:
+        test = take(load_problems("test_file", arguments.test_file, tokenizer), "test_problems", scored)
+    return take(train, "train_problems", learned), test, Path(arguments.test_file or arguments.train_file).name
+
+
+def check_enough(train: Dataset, settings: GRPOConfig) -> None:
+    """Raise ValueError if there are fewer problems than a step asks: TRL would end without a step."""
+    asked = settings.generation_batch_size // settings.num_generations
+    if len(train) < asked:
+        raise ValueError(
+            f"{len(train)} problems to learn from are too few for one step, which asks {asked} different ones; add "
+            "some, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
+        )
 
 
 def trainer_of(
@@ -187,7 +246,8 @@ def print_results(results: dict[str, Any], output: Path) -> None:
     print(f"\n{'step':>8}{'reward':>10}")
     for entry in results["log"]:
         print(f"{entry['step']:>8}{entry['reward']:10.3f}")
-    print(f"\nheld-out sums that are right: {results['before']:.1%} before, {results['after']:.1%} after")
+    shares = f"{results['before']:.1%} before, {results['after']:.1%} after"
+    print(f"\nheld-out answers that are right: {shares} ({results['test_problems']} problems, {results['data']})")
     print(f"{output}: {results['saved_bytes']:,} bytes, {results['trained_parameters']:,} parameters trained")
 
 
@@ -196,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(
         (ScriptArguments, GRPOConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.set_defaults(learning_rate=None, max_completion_length=16, logging_steps=5)
+    parser.set_defaults(learning_rate=None, max_completion_length=None, logging_steps=5)
     parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=32, num_generations=4)
     parser.set_defaults(gradient_checkpointing=False, save_strategy="no")
     parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
@@ -204,13 +264,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         arguments, settings = parser.parse_args_into_dataclasses(args=argv)
         settings.learning_rate = settings.learning_rate or LEARNING_RATES[arguments.method]
+        if settings.max_completion_length is None:
+            own = arguments.train_file is not None
+            settings.max_completion_length = GRPOConfig.max_completion_length if own else SUM_LENGTH
         set_seed(settings.seed)
-        train, test = problems(arguments.largest, arguments.train_problems, arguments.test_problems, settings.seed)
         tokenizer = load_tokenizer(arguments.model_name_or_path)
+        train, test, data = problems_of(arguments, tokenizer, settings.seed)
+        check_enough(train, settings)
         dtype = arguments.dtype or DTYPES[arguments.method]
         model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, dtype=getattr(torch, dtype))
         trainer = trainer_of(model, tokenizer, train, test, arguments, settings)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 
     first, output = trainer.is_world_process_zero(), Path(settings.output_dir)
@@ -222,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_model()
     results = {
         "method": arguments.method,
+        "data": data,
+        "train_problems": len(train),
+        "test_problems": len(test),
         "steps": trainer.state.global_step,
         "seconds": seconds,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -238,9 +305,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 output,
                 results["command"],
                 "text-generation",
-                f"sums of two numbers up to {arguments.largest}",
+                data,
                 figures={"accuracy": results["after"]},
-                facts={"accuracy without it": f"{results['before']:.4f}"},
+                facts={
+                    "problems": f"{len(train)} to learn from, {len(test)} held out, of {data}",
+                    "accuracy without it": f"{results['before']:.4f}",
+                },
             )
     if settings.push_to_hub:
         trainer.push_to_hub()

@@ -30,6 +30,7 @@ from examples.files import FILE_TYPES, load_file
 from examples.rows import check_columns, hold_out, is_file, source_of
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
+SHORTHANDS = ("all-linear", "gate-projections")  # of `target_modules`, where a text is else a pattern
 LABEL_COLUMNS = ("label", "labels", "intent", "category")
 
 
@@ -65,6 +66,19 @@ def pretrained(kind: Any, name: str, **settings: Any) -> Any:
         return kind.from_pretrained(name, **settings)
     except OSError as error:
         raise ValueError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from None
+
+
+def targets_of(names: list[str] | None) -> list[str] | str | None:
+    """Return what `--target_modules` means to PEFT: names of modules, or a shorthand, which stands alone.
+
+    Raises:
+        ValueError: if there is more beside it.
+    """
+    if found := [name for name in names or [] if name.lower() in SHORTHANDS]:
+        if len(names or []) > 1:
+            raise ValueError(f"--target_modules {found[0]} stands for modules itself; leave the other names out.")
+        return found[0].lower()
+    return names
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from examples import launched
 from examples.answers import score, stops_of
 from examples.card import command_of, write_card
 from examples.chat import Message, as_dataset, check_markers, check_rows, load_conversations
-from examples.script import OptimizerTrainer, pretrained
+from examples.script import OptimizerTrainer, pretrained, targets_of
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
 
@@ -64,7 +64,8 @@ class ScriptArguments:
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base to NF4, by bitsandbytes."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of linear layers to mask, by default all of the backbone."}
+        default=None,
+        metadata={"help": "Names of layers to mask, or gate-projections; by default all linear ones of the backbone."},
     )
     target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights to switch off."})
     target_bytes: int | None = field(default=None, metadata={"help": "Size of the masks in the file, in its place."})
@@ -154,14 +155,14 @@ def mask_config(arguments: ScriptArguments, model: PreTrainedModel, tokens: list
     """Return the configuration of a mask beside which the rows of tokens are trained, of both embeddings.
 
     Raises:
-        ValueError: if the budget is out of range.
+        ValueError: if the budget is out of range, or targets do not go together.
     """
     both = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     tied = model.config.get_text_config().tie_word_embeddings
     rows = tokens if tied else {name: tokens for name, module in model.named_modules() if id(module) in both}
     return MaskConfig(
         task_type="CAUSAL_LM",
-        target_modules=arguments.target_modules,
+        target_modules=targets_of(arguments.target_modules),
         target_sparsity=arguments.target_sparsity,
         target_bytes=arguments.target_bytes,
         trainable_token_indices=rows if tokens else None,

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from examples import grpo
-from examples.arithmetic import correct, last_number, problems
+from examples.arithmetic import sums
 from examples.candidates import choose_off_principal, low_rank, off_principal
 from peft_mask import MaskConfig, MaskLayer, Masks
 from tests.tiny_models import tiny_model
@@ -61,6 +61,7 @@ def test_every_method_learns_saves_and_reports(chat_model, tmp_path, capsys, met
     assert results["saved_bytes"] == file.stat().st_size
     printed = capsys.readouterr().out
     assert f"{method}: 2 steps in" in printed
+    assert "(4 problems, sums of two numbers up to 4)" in printed
     assert f"{tmp_path}: {results['saved_bytes']:,} bytes, {results['trained_parameters']:,} parameters" in printed
 
 
@@ -75,6 +76,7 @@ def test_the_saved_mask_is_the_trained_one_and_its_card_says_how_it_was_made(cha
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "python -m examples.grpo" in card
     assert "| accuracy without it |" in card
+    assert "| problems | 8 to learn from, 4 held out, of sums of two numbers up to 4 |" in card
 
 
 @pytest.mark.parametrize("rule", ["magnitude", "random", "off-principal"])
@@ -168,8 +170,8 @@ def test_merging_to_generate_changes_neither_what_is_generated_nor_a_weight():
 # ---- the task ----
 
 
-def test_problems_are_sums_of_which_none_is_both_learned_and_held_out():
-    train, test = problems(largest=4, train=10, test=5, seed=0)
+def test_of_the_sums_none_is_both_learned_and_held_out():
+    train, test = sums(largest=4, train=10, test=5, seed=0)
     assert (len(train), len(test)) == (10, 5)
     pairs = []
     for row in (*train, *test):
@@ -177,18 +179,8 @@ def test_problems_are_sums_of_which_none_is_both_learned_and_held_out():
         assert str(sum(numbers)) == row["answer"]
         pairs.append(tuple(sorted(numbers)))
     assert len(set(pairs)) == 15
-    assert problems(4, 10, 5, seed=0)[0][:] == train[:]
-    assert problems(4, 10, 5, seed=1)[0][:] != train[:]
-
-
-@pytest.mark.parametrize(
-    ("reply", "number"),
-    [("12", "12"), (" 12\n", "12"), ("8 + 4 = 12", "12"), ("012", "12"), ("12, not 11", "11"), ("", None), ("-", None)],
-)
-def test_a_reply_is_right_if_its_last_number_is_the_sum(reply, number):
-    assert last_number(reply) == number
-    chats = [[{"role": "assistant", "content": reply}]] * 2
-    assert correct(completions=chats, answer=["12", "8"], prompts=None) == [number == "12", 0]
+    assert sums(4, 10, 5, seed=0)[0][:] == train[:]
+    assert sums(4, 10, 5, seed=1)[0][:] != train[:]
 
 
 # ---- candidates ----

@@ -96,6 +96,12 @@ def test_a_mask_is_learned_scored_saved_and_merged(model, tmp_path, capsys):
     assert not merged.exists()
 
 
+@pytest.mark.parametrize(("shorthand", "masked"), [("all-linear", 14), ("gate-projections", 2)])
+def test_a_shorthand_says_which_modules_are_masked(model, tmp_path, shorthand, masked):
+    trained(model, tmp_path, "--target_modules", shorthand)
+    assert len(Masks.load(tmp_path / "out")) == masked
+
+
 def test_what_is_printed_are_the_figures_of_what_is_saved(model, tmp_path):
     test = write(tmp_path / "test.jsonl", CHATS)
     figures = sft.main(line(model, tmp_path, CHATS, "--test_file", test, "--target_sparsity", "0.05"))

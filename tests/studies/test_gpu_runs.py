@@ -14,6 +14,7 @@ from trl import ScriptArguments as TrlArguments
 from benchmarks import gpu_runs, gsm8k
 from benchmarks.metamath import __main__ as metamath
 from examples import grpo, sft
+from examples.rewards import correct
 from tests.project.test_documents import ROOT, blocks_of
 from tests.versions import RUNS_ON_META
 
@@ -66,11 +67,9 @@ def parse(command):
         return HfArgumentParser((sft.ScriptArguments, SFTConfig)).parse_args_into_dataclasses([*arguments, *on_a_cpu])
     if module == "benchmarks.metamath":
         return metamath.parse(arguments)
-    options = gsm8k.parse(arguments)
-    if options.command == "grpo":
-        parser = HfArgumentParser((grpo.ScriptArguments, GRPOConfig))
-        return parser.parse_args_into_dataclasses([*options.arguments, *on_a_cpu])
-    return options
+    if module == "examples.grpo":
+        return HfArgumentParser((grpo.ScriptArguments, GRPOConfig)).parse_args_into_dataclasses([*arguments, *on_a_cpu])
+    return gsm8k.parse(arguments)
 
 
 def test_the_commands_of_the_page_are_understood():
@@ -80,7 +79,7 @@ def test_the_commands_of_the_page_are_understood():
     counts = Counter(kind_of(command) for command in found)
     runs = len(gpu_runs.MODELS) * 3
     assert counts["python benchmarks.metamath ../peft"] == 1
-    assert counts["python benchmarks.gsm8k grpo"] == 2 * runs
+    assert counts["python examples.grpo --model_name_or_path"] == 2 * runs
     assert counts["python examples.sft --model_name_or_path"] == counts["trl sft"] == runs
     assert counts["python benchmarks.gsm8k score"] == 2 * runs
 
@@ -117,7 +116,7 @@ def chats(tmp_path, monkeypatch, capsys):
 
 def started(command, chats, tiny, tmp_path):
     """The page's command on a tiny model: its arguments, and after them those that make it short."""
-    arguments = [str(chats) if word == "gsm8k" else word for word in command[3:]]
+    arguments = [word.replace("gsm8k/", f"{chats}/") for word in command[3:]]
     short = {
         "--model_name_or_path": tiny / "model",
         "--max_steps": 1,
@@ -134,25 +133,20 @@ def test_grpo_starts_as_the_page_says(method, chats, tiny, tmp_path, monkeypatch
     def varied(completions, answer, **_):  # an untrained model is never right, and of equal rewards nothing is learned
         return [float(len(set(reply[-1]["content"]))) for reply in completions]
 
-    monkeypatch.setattr(gsm8k, "correct", varied)
-    command = next(c for c in commands() if c[2:4] == ("benchmarks.gsm8k", "grpo") and method in c)
-    own = {"--num_generations": 2, "--max_completion_length": 8, "--train_problems": 4, "--test_problems": 3}
-    gsm8k.main([*started(command, chats, tiny, tmp_path), *(str(word) for pair in own.items() for word in pair)])
+    monkeypatch.setattr(grpo, "correct", varied)
+    command = next(c for c in commands() if c[2] == "examples.grpo" and method in c)
+    own = {"--num_generations": 2, "--max_completion_length": 8, "--train_problems": 4}
+    grpo.main([*started(command, chats, tiny, tmp_path), *(str(word) for pair in own.items() for word in pair)])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["method"] == method
     assert results["steps"] == 1
-    if method == "mask":
-        card = (tmp_path / "run" / "README.md").read_text()
-        assert f"python -m benchmarks.gsm8k grpo {chats}" in card
-        assert "openai/gsm8k" in card
-        assert "sums" not in card
+    assert [results[name] for name in ("data", "train_problems", "test_problems")] == ["test.jsonl", 4, 3]
 
 
 def test_sft_starts_as_the_page_says_and_its_merged_model_is_scored(chats, tiny, tmp_path, capsys):
     command = next(c for c in commands() if c[2] == "examples.sft")
     arguments = started(command, chats, tiny, tmp_path)
-    train = ["--train_file", str(chats / "train.jsonl"), "--merge_to", str(tmp_path / "merged")]
-    sft.main([*arguments, *train])
+    sft.main([*arguments, "--merge_to", str(tmp_path / "merged")])
     gsm8k.main(["score", str(chats), "--model", str(tmp_path / "merged"), "--max_new_tokens", "4"])
     assert "merged: 0.00% of the answers are right" in capsys.readouterr().out
 
@@ -164,30 +158,12 @@ def test_chats_ask_for_the_form_of_the_answers_that_they_hold():
     assert gsm8k.ANSWER.strip() in chat["prompt"][0]["content"]
 
 
-def test_the_answers_of_the_data_are_right_and_others_are_not(chats):
-    rows = gsm8k.problems(chats, "test")
-    assert rows["answer"][:] == ["42", "1,000", "-3"]
-    replies = [chat["completion"] for chat in gsm8k.as_chats(ROWS[:3])]
-    assert gsm8k.correct(replies, rows["answer"][:]) == [1.0, 1.0, 1.0]
-    assert gsm8k.correct(replies, ["41", "1", "3"]) == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("#### 1,234.50", 1234.5), ("so 7. Or 8.", 8.0), ("1000", 1000.0), ("-3 degrees", -3.0), ("none", None)],
-)
-def test_the_last_number_of_a_reply_counts(text, number):
-    assert gsm8k.last_number(text) == number
-
-
-def test_a_reply_without_a_number_is_wrong():
-    assert gsm8k.correct([[{"role": "assistant", "content": "I do not know."}]], ["0"]) == [0.0]
-
-
-@pytest.mark.parametrize("count", [0, 13])
-def test_more_problems_than_there_are_are_refused(count, chats):
-    with pytest.raises(ValueError, match=rf"--train_problems {count}: .*train\.jsonl has 12; give 1 to as many"):
-        gsm8k.problems(chats, "train", count)
+def test_the_completions_of_the_data_are_right_by_its_answers_and_others_are_not():
+    chats = gsm8k.as_chats(ROWS[:3])
+    assert [chat["answer"] for chat in chats] == ["42", "1,000", "-3"]
+    replies = [chat["completion"] for chat in chats]
+    assert correct(replies, [chat["answer"] for chat in chats]) == [1.0, 1.0, 1.0]
+    assert correct(replies, ["41", "1", "3"]) == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
