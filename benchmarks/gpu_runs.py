@@ -56,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SPARSITIES = (0.002, 0.0005)
 BATCHES = {"SFT": (4, 1024), "GRPO": (8, 768)}  # rows and tokens of a step
+GENERATED = 64  # completions of a GRPO step, which TRL makes at once and then learns from in eight batches
 METAMATH = ("Llama-3.2-3B", (4, 768))  # the base of PEFT's comparison, and the longest batch it may meet
 CARDS = (24, 80)  # GiB
 FULL = "full fine-tuning"
@@ -64,7 +65,7 @@ FULL_DTYPES = {"bfloat16": 2, "float32": 4}  # of weights, gradients and moments
 
 def gates(sparsity: float) -> MaskConfig:
     """The configuration of a run: gate projections alone, as in Deletion Tuning."""
-    return MaskConfig(task_type="CAUSAL_LM", target_modules=["gate_proj"], target_sparsity=sparsity)
+    return MaskConfig.gates(task_type="CAUSAL_LM", target_sparsity=sparsity)
 
 
 def made(shape: dict[str, Any], checkpointing: bool = True) -> nn.Module:
@@ -117,7 +118,7 @@ def figures_of(shape: dict[str, Any]) -> dict[str, Any]:
         "masked": sum(masked.numel() for masked in masked_shapes(model, gates(SPARSITIES[0])).values()),
         "file_bytes": {percent(s): storage(model, gates(s), s).mask for s in SPARSITIES},
         "step_bytes": steps,
-        "cache_bytes": cache_bytes(shape, *BATCHES["GRPO"]),
+        "cache_bytes": cache_bytes(shape, GENERATED, BATCHES["GRPO"][1]),
     }
 
 
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{' and '.join(map(str, CARDS))} GB that it fits, a GiB and a twentieth set aside: a base in bfloat16, scores "
         f"in float32, activations checkpointed; SFT on {sizes['SFT']} a step, GRPO on {sizes['GRPO']}. Full "
         "fine-tuning holds four numbers a weight; in bfloat16 a step below a 512th of its weight is lost in rounding. "
-        "The last column is what keys and values of these completions "
+        f"The last column is what keys and values of the {GENERATED} completions of a GRPO step "
         "take while they are generated, GiB. Nothing of it was measured on a GPU.\n\n"
         + table(("model", *next(iter(figures.values()))["step_bytes"], "keys and values"), steps)
         + f"\n\nA step of PEFT's MetaMathQA comparison, {base} without checkpointing, takes at most "

@@ -20,7 +20,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.problems import load_problems
-from examples.rewards import correct
+from examples.rewards import correct, greedy_replies
 
 HUB_NAME = "openai/gsm8k"
 ASK = "{} Think step by step, and end with #### and the number."
@@ -53,22 +53,15 @@ def write(folder: Path) -> None:
         print(f"{folder / split}.jsonl: {len(lines):,} chats")
 
 
-@torch.inference_mode()
 def score(folder: Path, name: str, length: int, batch: int) -> float:
     """Return the share of right greedy answers of a model to the test questions."""
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
-    rewards: list[float] = []
-    for rows in load_problems("test_file", str(folder / "test.jsonl"), tokenizer).iter(batch):
-        inputs = tokenizer.apply_chat_template(
-            rows["prompt"], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(device)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        rewards += correct([[{"role": "assistant", "content": text}] for text in texts], rows["answer"])
-    return sum(rewards) / len(rewards)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device)
+    rows = load_problems("test_file", str(folder / "test.jsonl"), tokenizer)
+    replies = greedy_replies(model, tokenizer, rows["prompt"][:], batch, length)
+    return sum(correct(replies, rows["answer"])) / len(rows)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +34,8 @@ from examples.arithmetic import sums
 from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
 from examples.problems import hold_out, load_problems, take
-from examples.rewards import correct
-from examples.script import pretrained, targets_of
+from examples.rewards import correct, greedy_replies
+from examples.script import OptimizerTrainer, pretrained, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
 SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
@@ -176,6 +176,10 @@ def problems_of(arguments: ScriptArguments, tokenizer: Any, seed: int) -> tuple[
     return take(train, "train_problems", learned), test, Path(arguments.test_file or arguments.train_file).name
 
 
+class MaskGRPOTrainer(OptimizerTrainer, GRPOTrainer):
+    """TRL's trainer, with the optimizer and the model card of the scripts."""
+
+
 def check_enough(train: Dataset, settings: GRPOConfig) -> None:
     """Raise ValueError if there are fewer problems than a step asks: TRL would end without a step."""
     asked = settings.generation_batch_size // settings.num_generations
@@ -194,44 +198,35 @@ def trainer_of(
     Raises:
         ValueError: if an argument is for another method, or out of range.
     """
-    adapter = adapter_of(arguments)
+    settled: dict[str, Any] = {
+        "model": model,
+        "reward_funcs": correct,
+        "args": settings,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "peft_config": adapter_of(arguments),
+    }
+    if arguments.method != "mask":
+        return GRPOTrainer(**settled)
     end = 1.0 if arguments.schedule_end is None else arguments.schedule_end
-    masked = [MaskCallback(SparsitySchedule("linear", end=end))] if arguments.method == "mask" else []
-    trainer = GRPOTrainer(
-        model,
-        reward_funcs=correct,
-        args=settings,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=masked,
+    trainer = MaskGRPOTrainer(
+        partial(create_mask_optimizer, mask_lr=settings.learning_rate),
+        callbacks=[MaskCallback(SparsitySchedule("linear", end=end))],
+        **settled,
     )
-    if arguments.method == "mask":
-        if arguments.candidate_rule == "off-principal":
-            choose_off_principal(trainer.model)
-        trainer.optimizer = create_mask_optimizer(trainer.model, mask_lr=settings.learning_rate)
-        merge_to_generate(trainer.model)
+    if arguments.candidate_rule == "off-principal":
+        choose_off_principal(trainer.model)
+    merge_to_generate(trainer.model)
     return trainer
 
 
 def accuracy(trainer: GRPOTrainer, tokenizer: Any, rows: Dataset) -> float:
-    """Return of how many rows the most likely reply is right."""
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    replies: list[list[dict[str, str]]] = []
-    for batch in rows.select_columns("prompt").iter(trainer.args.per_device_eval_batch_size):
-        inputs = tokenizer.apply_chat_template(
-            batch["prompt"], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        with torch.no_grad():
-            tokens = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=trainer.args.max_completion_length,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        replies += [[{"role": "assistant", "content": text}] for text in texts]
+    """Return of how many rows the most likely reply is right, computed in the precision of the training."""
+    model, settings = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    with trainer.accelerator.autocast():
+        batch, length = settings.per_device_eval_batch_size, settings.max_completion_length
+        replies = greedy_replies(model, tokenizer, rows["prompt"][:], batch, length)
     return sum(correct(replies, rows["answer"])) / len(rows)
 
 
@@ -263,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # where nothing else is there, it has to be said
     try:
         arguments, settings = parser.parse_args_into_dataclasses(args=argv)
-        settings.learning_rate = settings.learning_rate or LEARNING_RATES[arguments.method]
+        if settings.learning_rate is None:
+            settings.learning_rate = LEARNING_RATES[arguments.method]
         if settings.max_completion_length is None:
             own = arguments.train_file is not None
             settings.max_completion_length = GRPOConfig.max_completion_length if own else SUM_LENGTH
@@ -271,8 +267,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer = load_tokenizer(arguments.model_name_or_path)
         train, test, data = problems_of(arguments, tokenizer, settings.seed)
         check_enough(train, settings)
-        dtype = arguments.dtype or DTYPES[arguments.method]
-        model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, dtype=getattr(torch, dtype))
+        options = {"dtype": arguments.dtype or DTYPES[arguments.method], **(settings.model_init_kwargs or {})}
+        settings.model_init_kwargs = None  # used up, as TRL is handed a model
+        model = pretrained(AutoModelForCausalLM, arguments.model_name_or_path, **options)
         trainer = trainer_of(model, tokenizer, train, test, arguments, settings)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -282,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     seconds = time.perf_counter() - start
+    trainer.save_model()  # before it is scored, which may fail
     after = accuracy(trainer, tokenizer, test) if first else None
-    trainer.save_model()
     results = {
         "method": arguments.method,
         "data": data,
@@ -300,8 +297,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results |= {"saved_bytes": saved_bytes(output), "command": command_of(ScriptArguments, argv, settings)}
         (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         print_results(results, output)
-        if arguments.method == "mask":
-            write_card(
+        if isinstance(trainer, MaskGRPOTrainer):
+            trainer.finish_card = partial(
+                write_card,
                 output,
                 results["command"],
                 "text-generation",
@@ -312,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "accuracy without it": f"{results['before']:.4f}",
                 },
             )
+            trainer.finish_card()
     if settings.push_to_hub:
         trainer.push_to_hub()
     launched.keep(trainer)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from examples import grpo
 from examples.arithmetic import sums
@@ -101,8 +101,62 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(chat_model, tmp_path):
     assert Masks.load(tmp_path / "again") == Masks.load(tmp_path / "whole")
 
 
+def test_what_is_learned_is_saved_before_it_is_scored(chat_model, tmp_path, monkeypatch):
+    def once(*_):
+        if (tmp_path / "adapter_model.safetensors").exists():
+            raise MemoryError("while it is scored")
+        return 0.0
+
+    monkeypatch.setattr(grpo, "accuracy", once)
+    with pytest.raises(MemoryError, match="while it is scored"):
+        run(chat_model, tmp_path)
+    assert Masks.load(tmp_path).sparsity > 0
+
+
+def test_what_is_pushed_has_the_card_of_the_training(chat_model, tmp_path, monkeypatch):
+    """TRL writes a card of its own when it pushes."""
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/sums"))
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, *_, **__: self.create_model_card(model_name="sums"))
+    run(chat_model, tmp_path, "--push_to_hub", "true", "--hub_strategy", "end")
+    assert (tmp_path / "README.md").read_text("utf-8").count("## How it was trained") == 1
+
+
+def test_figures_before_and_after_are_of_one_precision(chat_model, tmp_path, monkeypatch):
+    """Of a training that changes nothing, with weights in float32 and products in bfloat16."""
+    seen = []
+    real = grpo.greedy_replies
+    monkeypatch.setattr(grpo, "correct", lambda completions, *_, **__: [0.0] * len(completions))
+
+    def watched(model, *given):
+        with torch.no_grad():
+            seen.append(model(torch.tensor([[5, 6, 7]])).logits)
+        return real(model, *given)
+
+    monkeypatch.setattr(grpo, "greedy_replies", watched)
+    with pytest.warns(UserWarning, match="no score of the adapter 'default' has moved"):
+        run(chat_model, tmp_path, "--bf16", "true", "--dtype", "float32")
+    before, after = seen
+    assert torch.equal(before, after)
+
+
 def test_to_merge_the_mask_to_generate_trains_the_same_mask(chat_model, tmp_path, monkeypatch):
+    merged, real = [], grpo.merge_to_generate
+
+    def watched(model):
+        generate = model.generate
+        layers = [layer for layer in model.modules() if isinstance(layer, MaskLayer)]
+
+        def seen(*given, **settings):
+            merged.append({layer.merged for layer in layers})
+            return generate(*given, **settings)
+
+        model.generate = seen
+        real(model)
+
+    monkeypatch.setattr(grpo, "merge_to_generate", watched)
     log = [run(chat_model, tmp_path / "merged")["log"]]
+    assert len(merged) > 2  # TRL's generations, and those that are scored
+    assert all(states == {True} for states in merged)
     monkeypatch.setattr(grpo, "merge_to_generate", lambda model: None)
     log.append(run(chat_model, tmp_path / "unmerged")["log"])
     rewards = [[entry["reward"] for entry in entries] for entries in log]

@@ -173,7 +173,7 @@ def test_what_runs_take_is_told_for_each_model(tmp_path, monkeypatch):
     gpu_runs.main(["--models", "tiny", "--results", str(tmp_path)])
     figures = json.loads((tmp_path / "gpu-runs.json").read_text())["figures"]["models"]["tiny"]
     assert figures["masked"] == 2 * 32 * 64
-    assert figures["cache_bytes"] == 2 * 2 * 2 * 2 * 8 * 8 * 768
+    assert figures["cache_bytes"] == 2 * 2 * 2 * 2 * 8 * 64 * 768
     steps = figures["step_bytes"]
     held = 2 * figures["weights"]  # bytes that the dtypes of full fine-tuning differ by, four times
     assert steps["SFT, full fine-tuning in float32"] - steps["SFT, full fine-tuning in bfloat16"] == 4 * held
