@@ -7,8 +7,7 @@ from transformers import AutoTokenizer
 
 from examples import sft
 from examples.chat import answers_of, check_markers, load_conversations
-from tests.chat_models import CHATML, tiny_chat_model
-from tests.studies.test_example_sft import CHATS, PAIRS, chat, line, write
+from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +127,30 @@ def test_an_end_at_which_the_model_does_not_stop_is_refused(plain, tmp_path):
     )
 
 
-def test_a_row_that_the_template_refuses_is_named(tmp_path):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
-    model = tiny_chat_model(tmp_path / "strict", template=strict)
-    rows = [*CHATS, {"messages": [{"role": "system", "content": "be short"}, *CHATS[0]["messages"]]}]
-    refused(model, tmp_path, r"row 21: the chat template refuses it: no system here", rows, "--split_markers")
+STRICT = {
+    "no system here": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}",
+    "roles must alternate": "{% for message in messages %}{% if (message['role'] == 'user') != loop.index is odd %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "messages"),
+    [
+        ("no system here", chat("be short", "what is oak", "tree", roles=("system", "user", "assistant"))),
+        ("roles must alternate", chat("what is oak", "and elm", "tree", roles=("user", "user", "assistant"))),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_named(tmp_path, reason, messages):
+    model = tiny_chat_model(tmp_path / "strict", template=STRICT[reason] + CHATML)
+    rows = [*CHATS, {"messages": messages}]
+    refused(model, tmp_path, rf"train.jsonl: row 21: the chat template refuses it: {reason}", rows)
+
+
+def test_a_system_message_that_the_template_refuses_is_refused_with_the_first_row(tmp_path):
+    model = tiny_chat_model(tmp_path / "strict", template=STRICT["no system here"] + CHATML)
+    message = r"train.jsonl: row 1: the chat template refuses it: no system here"
+    refused(model, tmp_path, message, CHATS, "--system", "be short")
 
 
 def test_rows_of_which_no_answer_is_left_are_refused_and_counted(model, tmp_path, capsys):
