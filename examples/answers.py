@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
-from trl import SFTTrainer
+from transformers import PreTrainedModel, Trainer
 
 from examples.chat import Message, render
 
@@ -20,22 +20,32 @@ def stops_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
-def perplexity(trainer: SFTTrainer) -> float:
+@contextmanager
+def inference(trainer: Trainer) -> Iterator[Any]:
+    """Give a trainer's model, in evaluation mode, without gradients and in the precision of the training.
+
+    Accelerate puts that precision around the model's forward only when the training begins, and never around
+    `generate`: without this, figures before and after the training would be computed in different ones.
+    """
+    with torch.no_grad(), trainer.accelerator.autocast():
+        yield trainer.model.eval()
+
+
+def perplexity(trainer: Trainer) -> float:
     """Return exp(mean negative log-likelihood of a token of the held-out answers)."""
-    trainer.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with inference(trainer) as model:
         for batch in trainer.get_eval_dataloader():
             count = (batch["labels"][:, 1:] != -100).sum()
-            sums += torch.stack([trainer.model(**batch).loss * count, count])
+            sums += torch.stack([model(**batch).loss * count, count])
     total, count = trainer.accelerator.reduce(sums).tolist()
     return math.exp(total / count)
 
 
-def greedy_answers(trainer: SFTTrainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
+def greedy_answers(trainer: Trainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
     """Answer each prompt with the most likely token at each place, at most `length` of them."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
-    stops = stops_of(model, tokenizer)
+    tokenizer = trainer.processing_class
+    stops = stops_of(trainer.model, tokenizer)
     size = trainer.args.per_device_eval_batch_size
     texts = [render(tokenizer, prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     found: list[str] = []
@@ -46,8 +56,8 @@ def greedy_answers(trainer: SFTTrainer, prompts: Sequence[Sequence[Message]], le
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(model.device)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        ).to(trainer.model.device)
+        with inference(trainer) as model:
             tokens = model.generate(
                 **inputs,
                 do_sample=False,
@@ -65,7 +75,7 @@ def until(stops: Collection[int], ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids[:end]).strip()
 
 
-def score(trainer: SFTTrainer, rows: Dataset, length: int) -> tuple[dict[str, float], list[str]]:
+def score(trainer: Trainer, rows: Dataset, length: int) -> tuple[dict[str, float], list[str]]:
     """Return the figures of held-out answers, and of the first process the greedy answers.
 
     Meanwhile the mask is merged: that is exact both ways, and spares making masked weights for every token.

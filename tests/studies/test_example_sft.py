@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from examples import sft
 from examples.answers import perplexity, score
-from peft_mask import Masks
+from peft_mask import MaskCallback, Masks
 from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
 NEW = ["<|im_start|>", "<|im_end|>"]
@@ -99,6 +99,23 @@ def test_to_score_a_mask_changes_nothing(tmp_path):
     after = trainer.model.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_before_and_after_are_scored_in_the_precision_of_the_training(model, tmp_path):
+    """Accelerate puts it around the model's forward when the training begins, not when the trainer is made."""
+    test = write(tmp_path / "test.jsonl", CHATS)
+    trainer, held_out = sft.make_trainer(
+        *sft.parse(line(model, tmp_path, CHATS, "--test_file", test, "--bf16", "true"))
+    )
+    trainer.remove_callback(MaskCallback)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0)  # so that no mask changes
+    dtypes = set()
+    head = trainer.model.get_base_model().lm_head
+    head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    before = score(trainer, held_out, 4)
+    trainer.train()
+    assert score(trainer, held_out, 4) == before
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.slow
