@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from examples.chat import Message, render
+
+
+def check_whole(settings: TrainingArguments) -> None:
+    """Check that each process will hold the whole model, so that the first one can generate and merge alone.
+
+    Args:
+        settings: as read from the command line, before a model is loaded.
+
+    Raises:
+        ValueError: under FSDP, DeepSpeed's ZeRO-3 and a parallelism that splits layers.
+    """
+
+    def launched_with(switch: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{switch}", "false").lower() in ("true", "1")
+
+    parts = {
+        "FSDP": bool(settings.fsdp) or launched_with("FSDP"),
+        "ZeRO-3": is_deepspeed_zero3_enabled(),
+        "parallelism_config": settings.parallelism_config is not None or launched_with("PARALLELISM_CONFIG"),
+    }
+    for name, used in parts.items():
+        if used:
+            raise ValueError(
+                f"{name}: each process holds a part of the model, and the first one could neither answer nor merge "
+                "without the others: take DDP (examples/accelerate/ddp.yaml)."
+            )
 
 
 def stops_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
@@ -32,13 +62,20 @@ def inference(trainer: Trainer) -> Iterator[Any]:
 
 
 def perplexity(trainer: Trainer) -> float:
-    """Return exp(mean negative log-likelihood of a token of the held-out answers)."""
+    """Return exp(mean negative log-likelihood of a token of the held-out answers).
+
+    Several processes share the rows; none is counted twice, as in the trainer's own batches, which are filled up.
+    """
+    accelerator, rows = trainer.accelerator, trainer.eval_dataset
+    own = rows.select(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    size = trainer.args.per_device_eval_batch_size
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     with inference(trainer) as model:
-        for batch in trainer.get_eval_dataloader():
-            count = (batch["labels"][:, 1:] != -100).sum()
-            sums += torch.stack([model(**batch).loss * count, count])
-    total, count = trainer.accelerator.reduce(sums).tolist()
+        for batch in DataLoader(own, size, collate_fn=trainer.data_collator):
+            inputs = send_to_device(batch, model.device)
+            count = (inputs["labels"][:, 1:] != -100).sum()
+            sums += torch.stack([model(**inputs).loss * count, count]).to(sums.device)
+    total, count = accelerator.reduce(sums).tolist()
     return math.exp(total / count)
 
 

@@ -34,7 +34,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from examples import launched
-from examples.answers import score, stops_of
+from examples.answers import check_whole, score, stops_of
 from examples.card import command_of, write_card
 from examples.chat import Message, as_dataset, check_markers, check_rows, load_conversations
 from examples.script import OptimizerTrainer, pretrained
@@ -195,6 +195,7 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
         FileNotFoundError: if a file does not exist.
         ImportError: if bitsandbytes is needed and not installed.
     """
+    check_whole(settings)
     for other in (settings.output_dir, arguments.model_name_or_path):
         if arguments.merge_to is not None and Path(arguments.merge_to).resolve() == Path(other).resolve():
             raise ValueError(f"--merge_to {arguments.merge_to}: this folder is used already; name one of its own.")

@@ -212,3 +212,14 @@ def test_a_message_of_the_system_is_put_before_conversations_that_have_none(tmp_
     found = load_conversations("train_file", file, "prompt", "completion", "be short")
     assert [messages[0]["content"] for messages in found] == ["be short", "be long"]
     assert all(len(messages) == 3 for messages in found)
+
+
+def test_a_model_in_parts_is_refused(model, tmp_path, monkeypatch):
+    message = r"error: {}: each process holds a part of the model, .*: take DDP \("
+    for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        with monkeypatch.context() as launched:
+            launched.setenv(switch, "true")
+            refused(model, tmp_path, message.format("FSDP" if "FSDP" in switch else "parallelism_config"))
+    refused(model, tmp_path, message.format("FSDP"), CHATS, "--fsdp")
+    monkeypatch.setattr("examples.answers.is_deepspeed_zero3_enabled", lambda: True)
+    refused(model, tmp_path, message.format("ZeRO-3"))

@@ -16,6 +16,7 @@ from examples import sft
 from examples.answers import perplexity, score
 from peft_mask import MaskCallback, Masks
 from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
+from tests.processes import launch
 
 NEW = ["<|im_start|>", "<|im_end|>"]
 
@@ -116,6 +117,18 @@ def test_before_and_after_are_scored_in_the_precision_of_the_training(model, tmp
     trainer.train()
     assert score(trainer, held_out, 4) == before
     assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_of_several_processes_none_scores_a_row_again(model, tmp_path):
+    test = write(tmp_path / "test.jsonl", [*CHATS[:4], {"messages": chat("what is it", "a thing of many words")}])
+    command = line(model, tmp_path, CHATS, "--test_file", test, "--per_device_eval_batch_size", "2")
+    trainer, held_out = sft.make_trainer(*sft.parse(command))
+    figures, _ = score(trainer, held_out, 6)
+    printed = launch("examples/sft.py", *command, "--merge_to", str(tmp_path / "merged"))
+    assert printed.count("5 held-out answers:") == printed.count("an ordinary model") == 1
+    before = next(row for row in printed.splitlines() if row.split()[:1] == ["before"])
+    assert [float(figure) for figure in before.split()[1:]] == pytest.approx(list(figures.values()), abs=1e-3)
 
 
 @pytest.mark.slow
