@@ -37,7 +37,7 @@ from examples import launched
 from examples.answers import check_whole, score, stops_of
 from examples.card import command_of, write_card
 from examples.chat import Message, as_dataset, check_markers, check_rows, load_conversations
-from examples.script import OptimizerTrainer, pretrained
+from examples.script import OptimizerTrainer, pretrained, set_device_defaults
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
 
@@ -78,13 +78,16 @@ class ScriptArguments:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, SFTConfig]:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ValueError: if settings do not go together.
+    """
     parser = HfArgumentParser(
         (ScriptArguments, SFTConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.set_defaults(learning_rate=HEAD_LR, per_device_train_batch_size=8, save_strategy="no", report_to="none")
-    on_gpu = torch.cuda.is_available()
-    parser.set_defaults(dataloader_pin_memory=on_gpu, use_cpu=not on_gpu)  # or transformers would refuse bf16
+    set_device_defaults(parser)
     return parser.parse_args_into_dataclasses(args=argv)
 
 
@@ -237,9 +240,9 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train a mask as the arguments say, save it, and return the figures before and after."""
-    arguments, settings = parse(argv)
-    set_seed(settings.seed)
     try:
+        arguments, settings = parse(argv)
+        set_seed(settings.seed)
         trainer, rows = make_trainer(arguments, settings)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None

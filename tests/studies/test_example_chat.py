@@ -193,6 +193,11 @@ def test_what_trl_refuses_ends_in_its_words(model, tmp_path):
     refused(model, tmp_path, r"error: The chat template is not training-comp", CHATS, "--assistant_only_loss", "true")
 
 
+def test_settings_that_do_not_go_together_end_in_one_line(model, tmp_path):
+    message = r"error: At most one of fp16 and bf16 can be True, but not both$"
+    refused(model, tmp_path, message, CHATS, "--bf16", "true", "--fp16", "true")
+
+
 def test_a_budget_out_of_reach_is_refused(model, tmp_path):
     with pytest.raises(SystemExit, match=r"target_sparsity must be .* less than 1, got 2.0"):
         sft.main(line(model, tmp_path, CHATS, "--target_sparsity", "2"))

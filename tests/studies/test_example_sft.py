@@ -341,6 +341,13 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(model, tmp_path):
     assert Masks.load(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["an accelerator", "none"])
+def test_the_cpu_trains_only_where_there_is_no_accelerator_of_any_make(model, monkeypatch, there):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)  # as with MPS and XPU, whatever CUDA is
+    _, settings = sft.parse(["--model_name_or_path", model, "--train_file", "chats.jsonl", "--bf16", "false"])
+    assert (settings.use_cpu, settings.dataloader_pin_memory) == (not there, torch.cuda.is_available())
+
+
 def test_the_commands_of_the_page_are_understood():
     page = (Path(__file__).parents[2] / "docs/chat.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python -m examples\.sft (.*?[^\\])$", page, flags=re.MULTILINE | re.DOTALL)
