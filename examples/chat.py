@@ -28,17 +28,17 @@ def load_conversations(
 ) -> list[list[Message]]:
     """Load a file of conversations.
 
-    A row holds a question and an answer in two columns, each a text or a list of messages, or it holds `messages`.
+    A row holds `messages`, or else a question and an answer in two columns, each a text or a list of messages.
 
     Args:
         option: of the command line, which an error names.
         name: CSV, TSV, JSON, JSONL or Parquet file.
-        prompt_column: column of the questions.
-        completion_column: column of the answers.
+        prompt_column: column of the questions, if there is none called `messages`.
+        completion_column: column of the answers, likewise.
         system: what a conversation begins with that has no message of the system.
 
     Returns:
-        Lists of messages: objects with `role` and `content`. In each at least one is the assistant's.
+        Lists of messages: objects with `role` and `content`. The first is never the assistant's, another is.
 
     Raises:
         ValueError: if the file cannot be read, it has no such columns, or a row holds something else.
@@ -46,11 +46,11 @@ def load_conversations(
     """
     rows = load_file(option, name, FILE_TYPES)
     source = rows.info.description
-    if {prompt_column, completion_column} <= set(rows.column_names):
+    if "messages" in rows.column_names:
+        found = [_as_messages(messages, "user") for messages in rows["messages"][:]]
+    elif {prompt_column, completion_column} <= set(rows.column_names):
         pairs = zip(rows[prompt_column][:], rows[completion_column][:], strict=True)
         found = [_as_messages(prompt, "user") + _as_messages(answer, "assistant") for prompt, answer in pairs]
-    elif "messages" in rows.column_names:
-        found = [_as_messages(messages, "user") for messages in rows["messages"][:]]
     else:
         raise ValueError(
             f"{source}: there is neither a column 'messages' nor both of {prompt_column!r} and {completion_column!r}, "
@@ -58,7 +58,7 @@ def load_conversations(
         )
     for number, messages in enumerate(found, 1):
         try:
-            _check(messages)
+            _check(messages, opened=system is not None)
         except ValueError as error:
             raise ValueError(f"{source}: row {number}: {error}") from None
     start = [] if system is None else [{"role": "system", "content": system}]
@@ -75,8 +75,11 @@ def _as_messages(value: Any, role: str) -> list[Any]:
     ]
 
 
-def _check(messages: Sequence[Any]) -> None:
-    """Raise ValueError if one is no message, of an unknown role or without text, or none is the assistant's."""
+def _check(messages: Sequence[Any], opened: bool) -> None:
+    """Raise ValueError if one is no message, of an unknown role or without text, or no answer follows another message.
+
+    `opened` says that a message of the system will be put before, if there is none.
+    """
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is {message!r:.60}; expected an object with 'role' and 'content'.")
@@ -91,6 +94,11 @@ def _check(messages: Sequence[Any]) -> None:
             raise ValueError(f"message {number} has {more} beside 'role' and 'content', which would be lost.")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("there is no answer of the assistant, and so nothing to learn; add one, or leave the row out.")
+    if messages[0]["role"] == "assistant" and not opened:
+        raise ValueError(
+            "the assistant speaks first, and an answer needs something before it: put a message of the user or the "
+            "system there, leave this one out, or give --system."
+        )
 
 
 def answers_of(messages: Sequence[Message]) -> list[dict[str, list[Message]]]:
@@ -145,6 +153,7 @@ def check_rows(
     tokenizer: Any,
     stops: Collection[int],
     max_length: int | None,
+    keep_end: bool = False,
 ) -> int:
     """Check that each answer ends where the model stops to generate, and begins within the length.
 
@@ -154,6 +163,7 @@ def check_rows(
         tokenizer: with a chat template.
         stops: ids of the tokens at which generation ends.
         max_length: number of tokens that a row is cut to.
+        keep_end: whether its beginning is cut off, and not its end.
 
     Returns:
         How many answers are cut off.
@@ -179,10 +189,11 @@ def check_rows(
                     f"{tokenizer.convert_ids_to_tokens(sorted(stops))}: it would not learn to. Name the template's own "
                     "with --eos_token, or let the template write one."
                 )
-            if max_length is not None and len(whole) > max_length:
-                cut += 1
-                if start >= max_length:
-                    lost.setdefault(number, start)
+            over = 0 if max_length is None else max(len(whole) - max_length, 0)
+            gone = max(over - start, 0) if keep_end else over  # tokens of the answer
+            cut += gone > 0
+            if gone >= len(whole) - start:
+                lost.setdefault(number, start)
     if lost:
         number, start = next(iter(lost.items()))
         raise ValueError(

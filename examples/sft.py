@@ -51,7 +51,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Held-out conversations; by default a tenth of those to learn from."}
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column of questions, if there are no `messages`."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of their answers."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of their answers, likewise."})
     system: str | None = field(
         default=None, metadata={"help": "Message of the system, for conversations that have none."}
     )
@@ -215,8 +215,10 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
     files = {f"--train_file {arguments.train_file}": rows}
     if arguments.test_file is not None:
         files[f"--test_file {arguments.test_file}"] = test
+    keep_end = settings.truncation_mode == "keep_end" and not settings.packing  # which cuts off ends in any case
+    stops = stops_of(model, tokenizer)
     for source, conversations in files.items():
-        cut = check_rows(source, conversations, tokenizer, stops_of(model, tokenizer), settings.max_length)
+        cut = check_rows(source, conversations, tokenizer, stops, settings.max_length, keep_end)
         if cut:
             print(f"{source}: {cut} answers are cut off at --max_length {settings.max_length}.")
     tokens = add_rows(model, tokenizer, arguments.add_tokens or [])

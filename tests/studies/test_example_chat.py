@@ -46,6 +46,10 @@ def refused(model, folder, message, rows=CHATS, *more):
             [{**chat("a")[0], "name": "ann"}, *chat("", "b")[1:]],
             r"message 1 has \['name'\] beside .*, which would be lost",
         ),
+        (
+            chat("hello", "what is oak", "tree", roles=("assistant", "user", "assistant")),
+            r"row 21: the assistant speaks first, and an answer needs .* before it: .*, or give --system\.",
+        ),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(model, tmp_path, messages, message):
@@ -153,6 +157,10 @@ def test_a_system_message_that_the_template_refuses_is_refused_with_the_first_ro
     refused(model, tmp_path, message, CHATS, "--system", "be short")
 
 
+ENDS = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+
+
+@ENDS
 def test_rows_of_which_no_answer_is_left_are_refused_and_counted(model, tmp_path, capsys):
     rows = [*PAIRS, {"prompt": "a" * 60, "completion": "pet"}, {"prompt": "b" * 70, "completion": "pet"}]
     message = (
@@ -160,9 +168,20 @@ def test_rows_of_which_no_answer_is_left_are_refused_and_counted(model, tmp_path
     )
     refused(model, tmp_path, message, rows, "--max_length", "60")
     message = r"of 2 of 22 rows nothing of an answer is left"
-    refused(model, tmp_path, message, rows, "--max_length", "60", "--packing", "true")
+    for more in ([], ["--truncation_mode", "keep_end"]):  # packing cuts off ends in any case
+        refused(model, tmp_path, message, rows, "--max_length", "60", "--packing", "true", *more)
     sft.make_trainer(*sft.parse(line(model, tmp_path, rows[:-1], "--max_length", "80")))
     assert "train.jsonl: 1 answers are cut off at --max_length 80" in capsys.readouterr().out
+
+
+@ENDS
+def test_where_ends_are_kept_no_answer_is_lost_and_the_longest_are_counted(model, tmp_path, capsys):
+    rows = [*PAIRS, {"prompt": "a" * 60, "completion": "pet"}, {"prompt": "b", "completion": "pet" * 30}]
+    more = ["--truncation_mode", "keep_end", "--max_length", "60", "--test_file", write(tmp_path / "t.jsonl", PAIRS)]
+    trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, rows, *more)))
+    assert "train.jsonl: 1 answers are cut off at --max_length 60" in capsys.readouterr().out
+    learned = [[label for label in labels if label != -100] for labels in trainer.train_dataset["labels"][:]]
+    assert trainer.processing_class.batch_decode(learned[-2:]) == ["pet<|im_end|>", ("pet" * 30)[-59:] + "<|im_end|>"]
 
 
 def test_folders_that_are_used_already_are_not_merged_into(model, tmp_path):
@@ -228,3 +247,17 @@ def test_a_model_in_parts_is_refused(model, tmp_path, monkeypatch):
     refused(model, tmp_path, message.format("FSDP"), CHATS, "--fsdp")
     monkeypatch.setattr("examples.answers.is_deepspeed_zero3_enabled", lambda: True)
     refused(model, tmp_path, message.format("ZeRO-3"))
+
+
+def test_the_assistant_may_speak_first_if_the_system_has_before(model, tmp_path):
+    greeting = chat("hello", "what is oak", "tree", roles=("assistant", "user", "assistant"))
+    more = ["--system", "be short", "--test_file", write(tmp_path / "test.jsonl", CHATS)]
+    trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, [{"messages": greeting}], *more)))
+    first = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    assert first == "<|im_start|>system be short<|im_end|><|im_start|>assistant hello<|im_end|>"
+    assert len(trainer.train_dataset) == 2
+
+
+def test_messages_are_taken_where_a_file_has_both_kinds_of_columns(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [CHATS[0] | {"prompt": "a", "completion": "b"}])
+    assert load_conversations("train_file", file, "prompt", "completion") == [CHATS[0]["messages"]]
