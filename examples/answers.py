@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -69,14 +69,15 @@ def perplexity(trainer: Trainer) -> float:
     accelerator, rows = trainer.accelerator, trainer.eval_dataset
     own = rows.select(range(accelerator.process_index, len(rows), accelerator.num_processes))
     size = trainer.args.per_device_eval_batch_size
-    sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    total, tokens = 0.0, 0
     with inference(trainer) as model:
         for batch in DataLoader(own, size, collate_fn=trainer.data_collator):
             inputs = send_to_device(batch, model.device)
-            count = (inputs["labels"][:, 1:] != -100).sum()
-            sums += torch.stack([model(**inputs).loss * count, count]).to(sums.device)
-    total, count = accelerator.reduce(sums).tolist()
-    return math.exp(total / count)
+            count = int((inputs["labels"][:, 1:] != -100).sum())
+            total += model(**inputs).loss.item() * count
+            tokens += count
+    totals, counts = zip(*gather_object([(total, tokens)]), strict=True)
+    return math.exp(sum(totals) / sum(counts))
 
 
 def greedy_answers(trainer: Trainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from examples import sft
 from examples.answers import perplexity, score
-from peft_mask import MaskCallback, Masks
+from peft_mask import Masks
 from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
-from tests.processes import launch
 
 NEW = ["<|im_start|>", "<|im_end|>"]
 
@@ -100,35 +99,6 @@ def test_to_score_a_mask_changes_nothing(tmp_path):
     after = trainer.model.state_dict()
     assert set(after) == set(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-def test_before_and_after_are_scored_in_the_precision_of_the_training(model, tmp_path):
-    """Accelerate puts it around the model's forward when the training begins, not when the trainer is made."""
-    test = write(tmp_path / "test.jsonl", CHATS)
-    trainer, held_out = sft.make_trainer(
-        *sft.parse(line(model, tmp_path, CHATS, "--test_file", test, "--bf16", "true"))
-    )
-    trainer.remove_callback(MaskCallback)
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0)  # so that no mask changes
-    dtypes = set()
-    head = trainer.model.get_base_model().lm_head
-    head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    before = score(trainer, held_out, 4)
-    trainer.train()
-    assert score(trainer, held_out, 4) == before
-    assert dtypes == {torch.bfloat16}
-
-
-@pytest.mark.slow
-def test_of_several_processes_none_scores_a_row_again(model, tmp_path):
-    test = write(tmp_path / "test.jsonl", [*CHATS[:4], {"messages": chat("what is it", "a thing of many words")}])
-    command = line(model, tmp_path, CHATS, "--test_file", test, "--per_device_eval_batch_size", "2")
-    trainer, held_out = sft.make_trainer(*sft.parse(command))
-    figures, _ = score(trainer, held_out, 6)
-    printed = launch("examples/sft.py", *command, "--merge_to", str(tmp_path / "merged"))
-    assert printed.count("5 held-out answers:") == printed.count("an ordinary model") == 1
-    before = next(row for row in printed.splitlines() if row.split()[:1] == ["before"])
-    assert [float(figure) for figure in before.split()[1:]] == pytest.approx(list(figures.values()), abs=1e-3)
 
 
 @pytest.mark.slow
@@ -297,16 +267,6 @@ def logits_of_batch(trainer, row):
     batch = trainer.data_collator([row])
     with torch.no_grad():
         return trainer.model.eval()(**batch).logits
-
-
-def test_packed_or_not_the_perplexity_is_the_same(model, tmp_path):
-    test = write(tmp_path / "test.jsonl", CHATS)
-    both = [[], ["--packing", "true", "--max_length", "150"]]
-    found = []
-    for more in both:
-        trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, CHATS, "--test_file", test, *more)))
-        found.append(perplexity(trainer))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_checkpointing_changes_no_zero(model, tmp_path):
