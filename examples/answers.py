@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
-from transformers import PreTrainedModel
-from trl import SFTTrainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from examples.chat import Message, render
+
+
+def check_whole(settings: TrainingArguments) -> None:
+    """Check that each process will hold the whole model, so that the first one can generate and merge alone.
+
+    Args:
+        settings: as read from the command line, before a model is loaded.
+
+    Raises:
+        ValueError: under FSDP, DeepSpeed's ZeRO-3 and a parallelism that splits layers.
+    """
+
+    def launched_with(switch: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{switch}", "false").lower() in ("true", "1")
+
+    parts = {
+        "FSDP": bool(settings.fsdp) or launched_with("FSDP"),
+        "ZeRO-3": is_deepspeed_zero3_enabled(),
+        "parallelism_config": settings.parallelism_config is not None or launched_with("PARALLELISM_CONFIG"),
+    }
+    for name, used in parts.items():
+        if used:
+            raise ValueError(
+                f"{name}: each process holds a part of the model, and the first one could neither answer nor merge "
+                "without the others: take DDP (examples/accelerate/ddp.yaml)."
+            )
 
 
 def stops_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
@@ -20,22 +50,40 @@ def stops_of(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
-def perplexity(trainer: SFTTrainer) -> float:
-    """Return exp(mean negative log-likelihood of a token of the held-out answers)."""
-    trainer.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for batch in trainer.get_eval_dataloader():
-            count = (batch["labels"][:, 1:] != -100).sum()
-            sums += torch.stack([trainer.model(**batch).loss * count, count])
-    total, count = trainer.accelerator.reduce(sums).tolist()
-    return math.exp(total / count)
+@contextmanager
+def inference(trainer: Trainer) -> Iterator[Any]:
+    """Give a trainer's model, in evaluation mode, without gradients and in the precision of the training.
+
+    Accelerate puts that precision around the model's forward only when the training begins, and never around
+    `generate`: without this, figures before and after the training would be computed in different ones.
+    """
+    with torch.no_grad(), trainer.accelerator.autocast():
+        yield trainer.model.eval()
 
 
-def greedy_answers(trainer: SFTTrainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
+def perplexity(trainer: Trainer) -> float:
+    """Return exp(mean negative log-likelihood of a token of the held-out answers).
+
+    Several processes share the rows; none is counted twice, as in the trainer's own batches, which are filled up.
+    """
+    accelerator, rows = trainer.accelerator, trainer.eval_dataset
+    own = rows.select(range(accelerator.process_index, len(rows), accelerator.num_processes))
+    size = trainer.args.per_device_eval_batch_size
+    total, tokens = 0.0, 0
+    with inference(trainer) as model:
+        for batch in DataLoader(own, size, collate_fn=trainer.data_collator):
+            inputs = send_to_device(batch, model.device)
+            count = int((inputs["labels"][:, 1:] != -100).sum())
+            total += model(**inputs).loss.item() * count
+            tokens += count
+    totals, counts = zip(*gather_object([(total, tokens)]), strict=True)
+    return math.exp(sum(totals) / sum(counts))
+
+
+def greedy_answers(trainer: Trainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
     """Answer each prompt with the most likely token at each place, at most `length` of them."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
-    stops = stops_of(model, tokenizer)
+    tokenizer = trainer.processing_class
+    stops = stops_of(trainer.model, tokenizer)
     size = trainer.args.per_device_eval_batch_size
     texts = [render(tokenizer, prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     found: list[str] = []
@@ -46,8 +94,8 @@ def greedy_answers(trainer: SFTTrainer, prompts: Sequence[Sequence[Message]], le
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(model.device)
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        ).to(trainer.model.device)
+        with inference(trainer) as model:
             tokens = model.generate(
                 **inputs,
                 do_sample=False,
@@ -65,7 +113,7 @@ def until(stops: Collection[int], ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids[:end]).strip()
 
 
-def score(trainer: SFTTrainer, rows: Dataset, length: int) -> tuple[dict[str, float], list[str]]:
+def score(trainer: Trainer, rows: Dataset, length: int) -> tuple[dict[str, float], list[str]]:
     """Return the figures of held-out answers, and of the first process the greedy answers.
 
     Meanwhile the mask is merged: that is exact both ways, and spares making masked weights for every token.

@@ -28,17 +28,17 @@ def load_conversations(
 ) -> list[list[Message]]:
     """Load a file of conversations.
 
-    A row holds a question and an answer in two columns, each a text or a list of messages, or it holds `messages`.
+    A row holds `messages`, or else a question and an answer in two columns, each a text or a list of messages.
 
     Args:
         option: of the command line, which an error names.
         name: CSV, TSV, JSON, JSONL or Parquet file.
-        prompt_column: column of the questions.
-        completion_column: column of the answers.
+        prompt_column: column of the questions, if there is none called `messages`.
+        completion_column: column of the answers, likewise.
         system: what a conversation begins with that has no message of the system.
 
     Returns:
-        Lists of messages: objects with `role` and `content`. In each at least one is the assistant's.
+        Lists of messages: objects with `role` and `content`. The first is never the assistant's, another is.
 
     Raises:
         ValueError: if the file cannot be read, it has no such columns, or a row holds something else.
@@ -46,11 +46,11 @@ def load_conversations(
     """
     rows = load_file(option, name, FILE_TYPES)
     source = rows.info.description
-    if {prompt_column, completion_column} <= set(rows.column_names):
+    if "messages" in rows.column_names:
+        found = [as_messages(messages, "user") for messages in rows["messages"][:]]
+    elif {prompt_column, completion_column} <= set(rows.column_names):
         pairs = zip(rows[prompt_column][:], rows[completion_column][:], strict=True)
         found = [as_messages(prompt, "user") + as_messages(answer, "assistant") for prompt, answer in pairs]
-    elif "messages" in rows.column_names:
-        found = [as_messages(messages, "user") for messages in rows["messages"][:]]
     else:
         raise ValueError(
             f"{source}: there is neither a column 'messages' nor both of {prompt_column!r} and {completion_column!r}, "
@@ -59,10 +59,7 @@ def load_conversations(
     for number, messages in enumerate(found, 1):
         try:
             check_messages(messages)
-            if not any(message["role"] == "assistant" for message in messages):
-                raise ValueError(
-                    "there is no answer of the assistant, and so nothing to learn; add one, or leave the row out."
-                )
+            _check_answers(messages, opened=system is not None)
         except ValueError as error:
             raise ValueError(f"{source}: row {number}: {error}") from None
     start = [] if system is None else [{"role": "system", "content": system}]
@@ -95,6 +92,20 @@ def check_messages(messages: Sequence[Any]) -> None:
             raise ValueError(f"message {number} has {more} beside 'role' and 'content', which would be lost.")
 
 
+def _check_answers(messages: Sequence[Message], opened: bool) -> None:
+    """Raise ValueError if there is no answer of the assistant, or one before any other message.
+
+    `opened` says that a message of the system will be put before, if there is none.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("there is no answer of the assistant, and so nothing to learn; add one, or leave the row out.")
+    if messages[0]["role"] == "assistant" and not opened:
+        raise ValueError(
+            "the assistant speaks first, and an answer needs something before it: put a message of the user or the "
+            "system there, leave this one out, or give --system."
+        )
+
+
 def answers_of(messages: Sequence[Message]) -> list[dict[str, list[Message]]]:
     """Return a row for each answer of a conversation: all before it as `prompt`, the answer as `completion`."""
     return [
@@ -112,6 +123,8 @@ def as_dataset(conversations: Sequence[Sequence[Message]]) -> Dataset:
 def check_markers(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> None:
     """Check that the tokenizer has a chat template, and takes each marker that it writes for one token.
 
+    Conversations that the template refuses are left to `check_rows`.
+
     Raises:
         ValueError: if it has none, or splits a marker into pieces.
     """
@@ -123,7 +136,11 @@ def check_markers(tokenizer: Any, conversations: Sequence[Sequence[Message]]) ->
     split: dict[str, int] = {}
     for roles in {tuple(message["role"] for message in messages) for messages in conversations}:
         messages = [{"role": role, "content": "x"} for role in roles]  # so that all else is the template's own
-        for marker in MARKER.findall(render(tokenizer, messages, tokenize=False)):
+        try:
+            text = render(tokenizer, messages, tokenize=False)
+        except TemplateError:
+            continue  # `check_rows` names the row
+        for marker in MARKER.findall(text):
             if (pieces := tokenizer.tokenize(marker)) != [marker]:
                 split[marker] = len(pieces)
     if split:
@@ -141,6 +158,7 @@ def check_rows(
     tokenizer: Any,
     stops: Collection[int],
     max_length: int | None,
+    keep_end: bool = False,
 ) -> int:
     """Check that each answer ends where the model stops to generate, and begins within the length.
 
@@ -150,6 +168,7 @@ def check_rows(
         tokenizer: with a chat template.
         stops: ids of the tokens at which generation ends.
         max_length: number of tokens that a row is cut to.
+        keep_end: whether its beginning is cut off, and not its end.
 
     Returns:
         How many answers are cut off.
@@ -175,10 +194,11 @@ def check_rows(
                     f"{tokenizer.convert_ids_to_tokens(sorted(stops))}: it would not learn to. Name the template's own "
                     "with --eos_token, or let the template write one."
                 )
-            if max_length is not None and len(whole) > max_length:
-                cut += 1
-                if start >= max_length:
-                    lost.setdefault(number, start)
+            over = 0 if max_length is None else max(len(whole) - max_length, 0)
+            gone = max(over - start, 0) if keep_end else over  # tokens of the answer
+            cut += gone > 0
+            if gone >= len(whole) - start:
+                lost.setdefault(number, start)
     if lost:
         number, start = next(iter(lost.items()))
         raise ValueError(

@@ -23,19 +23,19 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from examples import launched
+from examples.answers import check_whole, inference
 from examples.arithmetic import sums
 from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
 from examples.problems import hold_out, load_problems, take
 from examples.rewards import correct, greedy_replies
-from examples.script import OptimizerTrainer, pretrained, targets_of
+from examples.script import OptimizerTrainer, pretrained, set_device_defaults, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
 SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
@@ -223,8 +223,8 @@ def trainer_of(
 
 def accuracy(trainer: GRPOTrainer, tokenizer: Any, rows: Dataset) -> float:
     """Return of how many rows the most likely reply is right, computed in the precision of the training."""
-    model, settings = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    with trainer.accelerator.autocast():
+    settings = trainer.args
+    with inference(trainer) as model:
         batch, length = settings.per_device_eval_batch_size, settings.max_completion_length
         replies = greedy_replies(model, tokenizer, rows["prompt"][:], batch, length)
     return sum(correct(replies, rows["answer"])) / len(rows)
@@ -254,8 +254,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.set_defaults(learning_rate=None, max_completion_length=None, logging_steps=5)
     parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=32, num_generations=4)
     parser.set_defaults(gradient_checkpointing=False, save_strategy="no")
-    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # where nothing else is there, it has to be said
+    set_device_defaults(parser)
     try:
         arguments, settings = parser.parse_args_into_dataclasses(args=argv)
         if settings.learning_rate is None:
@@ -263,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if settings.max_completion_length is None:
             own = arguments.train_file is not None
             settings.max_completion_length = GRPOConfig.max_completion_length if own else SUM_LENGTH
+        check_whole(settings)
         set_seed(settings.seed)
         tokenizer = load_tokenizer(arguments.model_name_or_path)
         train, test, data = problems_of(arguments, tokenizer, settings.seed)

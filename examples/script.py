@@ -113,6 +113,15 @@ class Task:
         return pretrained(self.model_class, name, **config)
 
 
+def set_device_defaults(parser: HfArgumentParser) -> None:
+    """Let a parser of `TrainingArguments` choose the accelerator that is there, CUDA, MPS, XPU or another, or the CPU.
+
+    Where there is none, that has to be said: else transformers refuses bf16, which is TRL's default.
+    """
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
+
+
 def parse(kind: type[Arguments], description: str, argv: Sequence[str] | None) -> tuple[Arguments, TrainingArguments]:
     """Read the command line."""
     parser = HfArgumentParser(

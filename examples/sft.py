@@ -34,10 +34,10 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from examples import launched
-from examples.answers import score, stops_of
+from examples.answers import check_whole, score, stops_of
 from examples.card import command_of, write_card
 from examples.chat import Message, as_dataset, check_markers, check_rows, load_conversations
-from examples.script import OptimizerTrainer, pretrained, targets_of
+from examples.script import OptimizerTrainer, pretrained, set_device_defaults, targets_of
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
 
 
@@ -51,7 +51,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Held-out conversations; by default a tenth of those to learn from."}
     )
     prompt_column: str = field(default="prompt", metadata={"help": "Column of questions, if there are no `messages`."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of their answers."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of their answers, likewise."})
     system: str | None = field(
         default=None, metadata={"help": "Message of the system, for conversations that have none."}
     )
@@ -79,13 +79,16 @@ class ScriptArguments:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, SFTConfig]:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ValueError: if settings do not go together.
+    """
     parser = HfArgumentParser(
         (ScriptArguments, SFTConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.set_defaults(learning_rate=HEAD_LR, per_device_train_batch_size=8, save_strategy="no", report_to="none")
-    on_gpu = torch.cuda.is_available()
-    parser.set_defaults(dataloader_pin_memory=on_gpu, use_cpu=not on_gpu)  # or transformers would refuse bf16
+    set_device_defaults(parser)
     return parser.parse_args_into_dataclasses(args=argv)
 
 
@@ -196,6 +199,7 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
         FileNotFoundError: if a file does not exist.
         ImportError: if bitsandbytes is needed and not installed.
     """
+    check_whole(settings)
     for other in (settings.output_dir, arguments.model_name_or_path):
         if arguments.merge_to is not None and Path(arguments.merge_to).resolve() == Path(other).resolve():
             raise ValueError(f"--merge_to {arguments.merge_to}: this folder is used already; name one of its own.")
@@ -212,8 +216,10 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
     files = {f"--train_file {arguments.train_file}": rows}
     if arguments.test_file is not None:
         files[f"--test_file {arguments.test_file}"] = test
+    keep_end = settings.truncation_mode == "keep_end" and not settings.packing  # which cuts off ends in any case
+    stops = stops_of(model, tokenizer)
     for source, conversations in files.items():
-        cut = check_rows(source, conversations, tokenizer, stops_of(model, tokenizer), settings.max_length)
+        cut = check_rows(source, conversations, tokenizer, stops, settings.max_length, keep_end)
         if cut:
             print(f"{source}: {cut} answers are cut off at --max_length {settings.max_length}.")
     tokens = add_rows(model, tokenizer, arguments.add_tokens or [])
@@ -237,9 +243,9 @@ def make_trainer(arguments: ScriptArguments, settings: SFTConfig) -> tuple[MaskS
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train a mask as the arguments say, save it, and return the figures before and after."""
-    arguments, settings = parse(argv)
-    set_seed(settings.seed)
     try:
+        arguments, settings = parse(argv)
+        set_seed(settings.seed)
         trainer, rows = make_trainer(arguments, settings)
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,8 +1,10 @@
-"""A tiny chat model: a random Llama whose tokenizer spells its words, and has ChatML's tokens and template."""
+"""A tiny chat model, and what it is taught: a random Llama whose tokenizer spells its words and has ChatML's tokens."""
 
+import json
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -40,3 +42,30 @@ def tiny_chat_model(folder: Path, *, template: str | None = CHATML, tied: bool =
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def chat(*texts, roles=("user", "assistant")):
+    """Messages with these texts, of the roles in turn."""
+    return [{"role": roles[i % len(roles)], "content": text} for i, text in enumerate(texts)]
+
+
+PETS = [("cat", "pet"), ("oak", "tree"), ("dog", "pet"), ("elm", "tree")]
+PAIRS = [{"prompt": f"what is {word} {i}", "completion": kind} for i in range(5) for word, kind in PETS]
+CHATS = [{"messages": chat(row["prompt"], row["completion"])} for row in PAIRS]
+
+
+def write(file: Path, rows) -> str:
+    """Write rows as the ending of the file says, and return its name."""
+    if file.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(file))
+    else:
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(file)
+
+
+def line(model, folder, rows=CHATS, *more):
+    """A command line for rows, or the name of a file."""
+    file = rows if isinstance(rows, str) else write(folder / "train.jsonl", rows)
+    common = ["--model_name_or_path", model, "--train_file", file, "--output_dir", str(folder / "out")]
+    settings = ["--max_steps", "3", "--target_sparsity", "0.03", "--bf16", "false", "--max_new_tokens", "6"]
+    return [*common, *settings, "--use_cpu", "true", "--disable_tqdm", "true", *more]

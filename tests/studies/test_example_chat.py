@@ -7,8 +7,7 @@ from transformers import AutoTokenizer
 
 from examples import sft
 from examples.chat import answers_of, check_markers, load_conversations
-from tests.chat_models import CHATML, tiny_chat_model
-from tests.studies.test_example_sft import CHATS, PAIRS, chat, line, write
+from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,10 @@ def refused(model, folder, message, rows=CHATS, *more):
         (
             [{**chat("a")[0], "name": "ann"}, *chat("", "b")[1:]],
             r"message 1 has \['name'\] beside .*, which would be lost",
+        ),
+        (
+            chat("hello", "what is oak", "tree", roles=("assistant", "user", "assistant")),
+            r"row 21: the assistant speaks first, and an answer needs .* before it: .*, or give --system\.",
         ),
     ],
 )
@@ -128,13 +131,36 @@ def test_an_end_at_which_the_model_does_not_stop_is_refused(plain, tmp_path):
     )
 
 
-def test_a_row_that_the_template_refuses_is_named(tmp_path):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
-    model = tiny_chat_model(tmp_path / "strict", template=strict)
-    rows = [*CHATS, {"messages": [{"role": "system", "content": "be short"}, *CHATS[0]["messages"]]}]
-    refused(model, tmp_path, r"row 21: the chat template refuses it: no system here", rows, "--split_markers")
+STRICT = {
+    "no system here": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}",
+    "roles must alternate": "{% for message in messages %}{% if (message['role'] == 'user') != loop.index is odd %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}",
+}
 
 
+@pytest.mark.parametrize(
+    ("reason", "messages"),
+    [
+        ("no system here", chat("be short", "what is oak", "tree", roles=("system", "user", "assistant"))),
+        ("roles must alternate", chat("what is oak", "and elm", "tree", roles=("user", "user", "assistant"))),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_named(tmp_path, reason, messages):
+    model = tiny_chat_model(tmp_path / "strict", template=STRICT[reason] + CHATML)
+    rows = [*CHATS, {"messages": messages}]
+    refused(model, tmp_path, rf"train.jsonl: row 21: the chat template refuses it: {reason}", rows)
+
+
+def test_a_system_message_that_the_template_refuses_is_refused_with_the_first_row(tmp_path):
+    model = tiny_chat_model(tmp_path / "strict", template=STRICT["no system here"] + CHATML)
+    message = r"train.jsonl: row 1: the chat template refuses it: no system here"
+    refused(model, tmp_path, message, CHATS, "--system", "be short")
+
+
+ENDS = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+
+
+@ENDS
 def test_rows_of_which_no_answer_is_left_are_refused_and_counted(model, tmp_path, capsys):
     rows = [*PAIRS, {"prompt": "a" * 60, "completion": "pet"}, {"prompt": "b" * 70, "completion": "pet"}]
     message = (
@@ -142,9 +168,20 @@ def test_rows_of_which_no_answer_is_left_are_refused_and_counted(model, tmp_path
     )
     refused(model, tmp_path, message, rows, "--max_length", "60")
     message = r"of 2 of 22 rows nothing of an answer is left"
-    refused(model, tmp_path, message, rows, "--max_length", "60", "--packing", "true")
+    for more in ([], ["--truncation_mode", "keep_end"]):  # packing cuts off ends in any case
+        refused(model, tmp_path, message, rows, "--max_length", "60", "--packing", "true", *more)
     sft.make_trainer(*sft.parse(line(model, tmp_path, rows[:-1], "--max_length", "80")))
     assert "train.jsonl: 1 answers are cut off at --max_length 80" in capsys.readouterr().out
+
+
+@ENDS
+def test_where_ends_are_kept_no_answer_is_lost_and_the_longest_are_counted(model, tmp_path, capsys):
+    rows = [*PAIRS, {"prompt": "a" * 60, "completion": "pet"}, {"prompt": "b", "completion": "pet" * 30}]
+    more = ["--truncation_mode", "keep_end", "--max_length", "60", "--test_file", write(tmp_path / "t.jsonl", PAIRS)]
+    trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, rows, *more)))
+    assert "train.jsonl: 1 answers are cut off at --max_length 60" in capsys.readouterr().out
+    learned = [[label for label in labels if label != -100] for labels in trainer.train_dataset["labels"][:]]
+    assert trainer.processing_class.batch_decode(learned[-2:]) == ["pet<|im_end|>", ("pet" * 30)[-59:] + "<|im_end|>"]
 
 
 def test_folders_that_are_used_already_are_not_merged_into(model, tmp_path):
@@ -175,6 +212,11 @@ def test_what_trl_refuses_ends_in_its_words(model, tmp_path):
     refused(model, tmp_path, r"error: The chat template is not training-comp", CHATS, "--assistant_only_loss", "true")
 
 
+def test_settings_that_do_not_go_together_end_in_one_line(model, tmp_path):
+    message = r"error: At most one of fp16 and bf16 can be True, but not both$"
+    refused(model, tmp_path, message, CHATS, "--bf16", "true", "--fp16", "true")
+
+
 def test_a_budget_out_of_reach_is_refused(model, tmp_path):
     with pytest.raises(SystemExit, match=r"target_sparsity must be .* less than 1, got 2.0"):
         sft.main(line(model, tmp_path, CHATS, "--target_sparsity", "2"))
@@ -194,3 +236,28 @@ def test_a_message_of_the_system_is_put_before_conversations_that_have_none(tmp_
     found = load_conversations("train_file", file, "prompt", "completion", "be short")
     assert [messages[0]["content"] for messages in found] == ["be short", "be long"]
     assert all(len(messages) == 3 for messages in found)
+
+
+def test_a_model_in_parts_is_refused(model, tmp_path, monkeypatch):
+    message = r"error: {}: each process holds a part of the model, .*: take DDP \("
+    for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        with monkeypatch.context() as launched:
+            launched.setenv(switch, "true")
+            refused(model, tmp_path, message.format("FSDP" if "FSDP" in switch else "parallelism_config"))
+    refused(model, tmp_path, message.format("FSDP"), CHATS, "--fsdp")
+    monkeypatch.setattr("examples.answers.is_deepspeed_zero3_enabled", lambda: True)
+    refused(model, tmp_path, message.format("ZeRO-3"))
+
+
+def test_the_assistant_may_speak_first_if_the_system_has_before(model, tmp_path):
+    greeting = chat("hello", "what is oak", "tree", roles=("assistant", "user", "assistant"))
+    more = ["--system", "be short", "--test_file", write(tmp_path / "test.jsonl", CHATS)]
+    trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, [{"messages": greeting}], *more)))
+    first = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    assert first == "<|im_start|>system be short<|im_end|><|im_start|>assistant hello<|im_end|>"
+    assert len(trainer.train_dataset) == 2
+
+
+def test_messages_are_taken_where_a_file_has_both_kinds_of_columns(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [CHATS[0] | {"prompt": "a", "completion": "b"}])
+    assert load_conversations("train_file", file, "prompt", "completion") == [CHATS[0]["messages"]]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,39 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from examples import sft
 from examples.answers import perplexity, score
 from peft_mask import Masks
-from tests.chat_models import CHATML, tiny_chat_model
+from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
-PETS = [("cat", "pet"), ("oak", "tree"), ("dog", "pet"), ("elm", "tree")]
-PAIRS = [{"prompt": f"what is {word} {i}", "completion": kind} for i in range(5) for word, kind in PETS]
 NEW = ["<|im_start|>", "<|im_end|>"]
-
-
-def chat(*texts, roles=("user", "assistant")):
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
-CHATS = [{"messages": chat(row["prompt"], row["completion"])} for row in PAIRS]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-def write(file: Path, rows) -> str:
-    if file.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(str(file))
-    else:
-        file.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(file)
-
-
-def line(model, folder, rows=CHATS, *more):
-    """A command line for rows, or the name of a file."""
-    file = rows if isinstance(rows, str) else write(folder / "train.jsonl", rows)
-    common = ["--model_name_or_path", model, "--train_file", file, "--output_dir", str(folder / "out")]
-    settings = ["--max_steps", "3", "--target_sparsity", "0.03", "--bf16", "false", "--max_new_tokens", "6"]
-    return [*common, *settings, "--use_cpu", "true", "--disable_tqdm", "true", *more]
 
 
 def trained(model, folder, *more, rows=CHATS):
@@ -301,16 +275,6 @@ def logits_of_batch(trainer, row):
         return trainer.model.eval()(**batch).logits
 
 
-def test_packed_or_not_the_perplexity_is_the_same(model, tmp_path):
-    test = write(tmp_path / "test.jsonl", CHATS)
-    both = [[], ["--packing", "true", "--max_length", "150"]]
-    found = []
-    for more in both:
-        trainer, _ = sft.make_trainer(*sft.parse(line(model, tmp_path, CHATS, "--test_file", test, *more)))
-        found.append(perplexity(trainer))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-
-
 def test_checkpointing_changes_no_zero(model, tmp_path):
     masks = []
     for name, value in (("with", "true"), ("without", "false")):
@@ -341,6 +305,13 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(model, tmp_path):
     whole = Masks.load(tmp_path / "out")
     sft.main(line(model, tmp_path, CHATS, *more, "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-2")))
     assert Masks.load(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an accelerator", "none"])
+def test_the_cpu_trains_only_where_there_is_no_accelerator_of_any_make(model, monkeypatch, there):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)  # as with MPS and XPU, whatever CUDA is
+    _, settings = sft.parse(["--model_name_or_path", model, "--train_file", "chats.jsonl", "--bf16", "false"])
+    assert (settings.use_cpu, settings.dataloader_pin_memory) == (not there, torch.cuda.is_available())
 
 
 def test_the_commands_of_the_page_are_understood():
