@@ -87,6 +87,39 @@ METHODS = {
 }
 
 
+def drawn(rows: int, wanted: int, seed: int) -> torch.Tensor:
+    """Return numbers of so many rows, each once an epoch, in an order that follows from the seed: int64, (wanted,)."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-wanted // rows)
+    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])[:wanted]
+
+
+def take_steps(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[Any],
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    before_step: Callable[[Any, float], None],
+) -> list[float]:
+    """Take a step on each batch, with linear warm-up and decay and a gradient norm of 1; return the losses."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * len(batches)), len(batches))
+    losses: list[float] = []
+    model.train()
+    for number, batch in enumerate(batches, start=1):
+        before_step(model, number / len(batches))
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) % 10 == 0:
+            print(f"  step {len(losses)}, loss {sum(losses[-10:]) / 10:.3f}", flush=True)
+    return losses
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all runs share."""
@@ -102,11 +135,8 @@ class Setting:
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
 
     def batches(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(SEED)
-        train, wanted = self.blocks["train"], self.steps * self.batch_size
-        epochs = -(-wanted // len(train))
-        order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])[:wanted]
-        return list(train[order].split(self.batch_size))
+        train = self.blocks["train"]
+        return list(train[drawn(len(train), self.steps * self.batch_size, SEED)].split(self.batch_size))
 
     def loss(self, model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -124,23 +154,10 @@ class Setting:
 def train(method: Method, rate: float, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(SEED)
     model = method.build(setting.base())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = method.optimizer(model, rate)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * setting.steps), setting.steps)
-    losses, start = [], time.perf_counter()
-    model.train()
-    for number, batch in enumerate(setting.batches(), start=1):
-        method.before_step(model, number / setting.steps)
-        loss = setting.loss(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if len(losses) % 10 == 0:
-            print(f"  step {len(losses)}, loss {sum(losses[-10:]) / 10:.3f}", flush=True)
-    figures = {"seconds": time.perf_counter() - start, "losses": losses, "trained": sum(p.numel() for p in trained)}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    start = time.perf_counter()
+    losses = take_steps(model, method.optimizer(model, rate), setting.batches(), setting.loss, method.before_step)
+    figures = {"seconds": time.perf_counter() - start, "losses": losses, "trained": trained}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return model, figures | measure(Path(folder))

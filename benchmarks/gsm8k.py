@@ -19,8 +19,9 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.answers import greedy_answers
 from examples.problems import load_problems
-from examples.rewards import correct, greedy_replies
+from examples.rewards import share_right
 
 HUB_NAME = "openai/gsm8k"
 ASK = "{} Think step by step, and end with #### and the number."
@@ -58,10 +59,9 @@ def score(folder: Path, name: str, length: int, batch: int) -> float:
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
     rows = load_problems("test_file", str(folder / "test.jsonl"), tokenizer)
-    replies = greedy_replies(model, tokenizer, rows["prompt"][:], batch, length)
-    return sum(correct(replies, rows["answer"])) / len(rows)
+    return share_right(greedy_answers(model, tokenizer, rows["prompt"][:], batch, length), rows["answer"][:])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -80,29 +80,36 @@ def perplexity(trainer: Trainer) -> float:
     return math.exp(sum(totals) / sum(counts))
 
 
-def greedy_answers(trainer: Trainer, prompts: Sequence[Sequence[Message]], length: int) -> list[str]:
-    """Answer each prompt with the most likely token at each place, at most `length` of them."""
-    tokenizer = trainer.processing_class
-    stops = stops_of(trainer.model, tokenizer)
-    size = trainer.args.per_device_eval_batch_size
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], batch_size: int, length: int
+) -> list[str]:
+    """Answer each prompt with the most likely token at each place, at most `length` of them.
+
+    Args:
+        model: a causal language model, or a PEFT model of one, in evaluation mode.
+        tokenizer: with a chat template.
+        prompts: chats.
+        batch_size: how many are answered at a time.
+        length: of an answer at the most, in tokens.
+    """
+    stops = stops_of(model, tokenizer)
     texts = [render(tokenizer, prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     found: list[str] = []
-    for start in range(0, len(texts), size):
+    for start in range(0, len(texts), batch_size):
         inputs = tokenizer(
-            texts[start : start + size],
+            texts[start : start + batch_size],
             add_special_tokens=False,  # the template has written them
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(trainer.model.device)
-        with inference(trainer) as model:
-            tokens = model.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=length,
-                eos_token_id=sorted(stops),
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        ).to(model.device)
+        tokens = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=length,
+            eos_token_id=sorted(stops),
+            pad_token_id=tokenizer.pad_token_id,
+        )
         found += [until(stops, row, tokenizer) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
     return found
 
@@ -120,7 +127,11 @@ def score(trainer: Trainer, rows: Dataset, length: int) -> tuple[dict[str, float
     """
     trainer.model.merge_adapter()
     figures = {"perplexity": perplexity(trainer)}
-    answers = greedy_answers(trainer, rows["prompt"][:], length) if trainer.is_world_process_zero() else []
+    answers: list[str] = []
+    if trainer.is_world_process_zero():
+        size = trainer.args.per_device_eval_batch_size
+        with inference(trainer) as model:
+            answers = greedy_answers(model, trainer.processing_class, rows["prompt"][:], size, length)
     trainer.model.unmerge_adapter()
     if not answers:
         return figures, []

@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import GRPOConfig, GRPOTrainer
 
 from examples import launched
-from examples.answers import check_whole, inference
+from examples.answers import check_whole, greedy_answers, inference
 from examples.arithmetic import sums
 from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
 from examples.problems import hold_out, load_problems, take
-from examples.rewards import correct, greedy_replies
+from examples.rewards import correct, share_right
 from examples.script import OptimizerTrainer, pretrained, set_device_defaults, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
@@ -226,8 +226,8 @@ def accuracy(trainer: GRPOTrainer, tokenizer: Any, rows: Dataset) -> float:
     settings = trainer.args
     with inference(trainer) as model:
         batch, length = settings.per_device_eval_batch_size, settings.max_completion_length
-        replies = greedy_replies(model, tokenizer, rows["prompt"][:], batch, length)
-    return sum(correct(replies, rows["answer"])) / len(rows)
+        replies = greedy_answers(model, tokenizer, rows["prompt"][:], batch, length)
+    return share_right(replies, rows["answer"][:])
 
 
 def saved_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""A reward that can be verified: whether the last number of a reply is the answer; and replies to score by it."""
+"""A reward that can be verified: whether the last number of a reply is the answer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
-
-import torch
 
 _NUMBER = re.compile(
     r"""
@@ -47,30 +45,6 @@ def correct(completions: Sequence[Sequence[dict[str, str]]], answer: Sequence[st
     ]
 
 
-@torch.inference_mode()
-def greedy_replies(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], batch_size: int, length: int
-) -> list[list[dict[str, str]]]:
-    """Return the most likely reply to each prompt, a chat of one message; the model is left in evaluation.
-
-    Args:
-        model: a causal language model, or a PEFT model of one.
-        tokenizer: that writes chats, padding on the left.
-        prompts: chats, lists of messages.
-        batch_size: how many are answered at a time.
-        length: of a reply at the most, in tokens.
-    """
-    model.eval()
-    replies = []
-    for start in range(0, len(prompts), batch_size):
-        inputs = tokenizer.apply_chat_template(
-            prompts[start : start + batch_size],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(model.device)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        replies += [[{"role": "assistant", "content": text}] for text in texts]
-    return replies
+def share_right(texts: Sequence[str], answer: Sequence[str]) -> float:
+    """Return the share of replies whose last number is that of the answer."""
+    return sum(correct([[{"role": "assistant", "content": text}] for text in texts], answer)) / len(texts)

@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MODULES: dict[str, tuple[str, ...] | None] = {  # what is masked; None: every linear layer of the backbone
     "all": None,
     "gate": ("gate_proj",),
-    "up": ("up_proj",),
-    "down": ("down_proj",),
-    "attention": ATTENTION,
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 
 

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.accuracy.sizes import measure
+from benchmarks.decoder import adamw, drawn, lora, take_steps
 from benchmarks.zeros.candidates import set_candidates
 from benchmarks.zeros.data import IGNORED, Data, Rows
 from benchmarks.zeros.plan import MODULES, Plan
 from peft_mask import MaskConfig, MaskModel, SparsitySchedule, create_mask_optimizer, spend_budget, super_weights
 
-WARMUP = 0.1
 BATCHES_TO_CHOOSE = 8  # whose activations choose candidates
 
 
@@ -85,11 +85,8 @@ def score(model: nn.Module, rows: Rows, size: int = 16) -> Score:
 
 def order(plan: Plan, data: Data) -> list[Rows]:
     """Return the batches of a training: the same for all of one seed and length."""
-    train, wanted = data.splits["train"], plan.steps * data.batch_size
-    generator = torch.Generator().manual_seed(plan.seed)
-    epochs = -(-wanted // len(train))
-    rows = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])[:wanted]
-    return [train[batch] for batch in rows.split(data.batch_size)]
+    train = data.splits["train"]
+    return [train[batch] for batch in drawn(len(train), plan.steps * data.batch_size, plan.seed).split(data.batch_size)]
 
 
 def build(plan: Plan, setting: Setting, batches: list[Rows]) -> tuple[nn.Module, Optimizer]:
@@ -111,11 +108,8 @@ def build(plan: Plan, setting: Setting, batches: list[Rows]) -> tuple[nn.Module,
             cast(MaskModel, model.base_model).protect(super_weights(model, batches[:1], partial(loss_of, model)))
         return model, create_mask_optimizer(model)
     if plan.method == "LoRA":
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-        )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, AdamW(trained, lr=plan.rate, weight_decay=0.0)
+        model = lora(model)
+    return model, adamw(model, plan.rate)
 
 
 def train(plan: Plan, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
@@ -125,19 +119,10 @@ def train(plan: Plan, setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
     batches = order(plan, setting.data[plan.data])
     model, optimizer = build(plan, setting, batches)
     growth = SparsitySchedule.gentle(plan.sparsity, plan.steps)
-    rates = get_linear_schedule_with_warmup(optimizer, round(WARMUP * plan.steps), plan.steps)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses, start = [], time.perf_counter()
-    model.train()
-    for number, batch in enumerate(batches, start=1):
-        spend_budget(model, growth.share(number / plan.steps))
-        loss = loss_of(model, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        rates.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    start = time.perf_counter()
+    losses = take_steps(
+        model, optimizer, batches, loss_of, lambda model, progress: spend_budget(model, growth.share(progress))
+    )
     seconds = time.perf_counter() - start
     last = losses[-max(1, plan.steps // 10) :]
     figures: dict[str, Any] = {"seconds": round(seconds, 1), "last_loss": sum(last) / len(last)}

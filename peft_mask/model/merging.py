@@ -12,12 +12,18 @@ from torch import nn
 from peft_mask.layers.diffusers_hooks import check_can_write
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.embeddings import thaw
+from peft_mask.model.names import plain_name
 from peft_mask.model.replicas import spare_no_more
 
 
 def mask_layers(model: nn.Module) -> Iterator[MaskLayer]:
     """Yield the masked layers of a model."""
     return (module for module in model.modules() if isinstance(module, MaskLayer))
+
+
+def named_mask_layers(model: nn.Module) -> Iterator[tuple[str, MaskLayer]]:
+    """Yield the masked layers of a model with their names, without what wrappers add to these."""
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, MaskLayer))
 
 
 class MergedAdapters(BaseTuner):

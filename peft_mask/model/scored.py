@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.matching import listed
-from peft_mask.model.names import plain_name
+from peft_mask.model.merging import named_mask_layers
 from peft_mask.model.saving import adapter_bytes
 from peft_mask.scores.budget import expected_bytes, sparsity_for_bytes
 from peft_mask.settings.config import MaskConfig
@@ -200,11 +200,8 @@ class ScoredAdapters(BaseTuner):
         return self.active_adapters[0]
 
     def _scored_layers(self, adapter_name: str, required: bool = True) -> list[tuple[str, MaskLayer]]:
-        found = [
-            (plain_name(name), module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, MaskLayer) and adapter_name in module.peft_mask_scores
-        ]
+        layers = named_mask_layers(self.model)
+        found = [(name, layer) for name, layer in layers if adapter_name in layer.peft_mask_scores]
         if required and not found:
             raise ValueError(
                 f"the adapter '{adapter_name}' has no scores, only the mask they came to: load it with "

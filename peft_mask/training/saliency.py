@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from peft_mask.format.packing import zero_positions
-from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.model.mask_model import MaskModel
-from peft_mask.model.names import plain_name
+from peft_mask.model.merging import named_mask_layers
 from peft_mask.scores.candidates import by_preference
 
 
@@ -43,11 +42,7 @@ def saliency_candidates(
     Source: SNIP (Lee et al. 2019) and movement pruning (Sanh et al. 2020) rank weights by this.
     """
     base = cast(MaskModel, model.base_model)
-    layers = {
-        plain_name(name): module
-        for name, module in cast(nn.Module, base.model).named_modules()
-        if isinstance(module, MaskLayer) and module.positions(adapter_name) is not None
-    }
+    layers = {name: layer for name, layer in named_mask_layers(base.model) if layer.positions(adapter_name) is not None}
     if not layers:
         raise ValueError(f"the adapter '{adapter_name}' has no candidates to choose: set candidates in MaskConfig.")
     if quantized := [name for name, layer in layers.items() if layer.stored.exact is False]:

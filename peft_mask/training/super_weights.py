@@ -14,7 +14,7 @@ from peft_mask.format.packing import count_zeros
 from peft_mask.layers.mask_layer import MaskLayer, onloaded
 from peft_mask.model.mask_model import MaskModel
 from peft_mask.model.matching import listed
-from peft_mask.model.names import plain_name
+from peft_mask.model.merging import named_mask_layers
 
 TRIED = 64
 
@@ -52,9 +52,9 @@ def super_weights(
     Source: Yu et al. 2024, "The Super Weight in Large Language Models", arXiv 2411.07191; they look at `down_proj`.
     """
     layers = {
-        plain_name(name): module
-        for name, module in cast(nn.Module, cast(MaskModel, model.base_model).model).named_modules()
-        if isinstance(module, MaskLayer) and isinstance(module.get_base_layer(), nn.Linear)
+        name: layer
+        for name, layer in named_mask_layers(cast(MaskModel, model.base_model).model)
+        if isinstance(layer.get_base_layer(), nn.Linear)
     }
     given = list(batches)
     if not layers or not given:

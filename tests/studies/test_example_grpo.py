@@ -124,7 +124,7 @@ def test_what_is_pushed_has_the_card_of_the_training(chat_model, tmp_path, monke
 def test_figures_before_and_after_are_of_one_precision(chat_model, tmp_path, monkeypatch):
     """Of a training that changes nothing, with weights in float32 and products in bfloat16."""
     seen = []
-    real = grpo.greedy_replies
+    real = grpo.greedy_answers
     monkeypatch.setattr(grpo, "correct", lambda completions, *_, **__: [0.0] * len(completions))
 
     def watched(model, *given):
@@ -132,7 +132,7 @@ def test_figures_before_and_after_are_of_one_precision(chat_model, tmp_path, mon
             seen.append(model(torch.tensor([[5, 6, 7]])).logits)
         return real(model, *given)
 
-    monkeypatch.setattr(grpo, "greedy_replies", watched)
+    monkeypatch.setattr(grpo, "greedy_answers", watched)
     with pytest.warns(UserWarning, match="no score of the adapter 'default' has moved"):
         run(chat_model, tmp_path, "--bf16", "true", "--dtype", "float32")
     before, after = seen
