@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import sft
-from examples.answers import perplexity, score
+from examples.answers import greedy_answers, perplexity, score
 from peft_mask import MaskCallback
 from tests.chat_models import CHATS, chat, line, tiny_chat_model, write
 from tests.processes import launch
@@ -71,3 +72,13 @@ def test_scoring_takes_no_float64_which_mps_does_not_have(model, tmp_path):
     with Doubles() as doubles:
         score(trainer, held_out, 4)
     assert doubles.made == 0
+
+
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.eos_token
+    speaker = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    prompts = [chat("a cat"), chat("what is an old oak in a dark wood"), chat("dog 7 and dog 8")]
+    alone = greedy_answers(speaker, tokenizer, prompts, 1, 6)
+    assert greedy_answers(speaker, tokenizer, prompts, 3, 6) == alone
+    assert len(set(alone)) > 1

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from examples import grpo
 from examples.problems import hold_out, load_problems, take
-from examples.rewards import correct, last_number
+from examples.rewards import correct, last_number, share_right
 from examples.script import targets_of
 from peft_mask import MaskConfig, Masks
 from tests.studies.test_example_grpo import tokenizer
@@ -281,3 +281,7 @@ def test_what_does_not_go_together_ends_with_one_sentence(chat_model, tmp_path, 
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         run(chat_model, tmp_path / "out", *given_file, *words)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_share_of_right_replies_is_of_all_of_them():
+    assert share_right(["it is 4", "5", "none", "12 + 1 = 13"], ["4", "6", "7", "13"]) == 0.5

@@ -1,19 +1,22 @@
 """The study of where zeros belong: what it scores, what it may choose, and that it goes on where it was stopped."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import super_weights
+from benchmarks.decoder import adamw, take_steps
 from benchmarks.zeros import __main__ as study
 from benchmarks.zeros import candidates, forgetting, plan, training
 from benchmarks.zeros.data import IGNORED, answered, joined, packed
 from benchmarks.zeros.forgetting import answers
 from benchmarks.zeros.plan import Plan
 from benchmarks.zeros.report import runs_in
-from peft_mask import MaskConfig
+from peft_mask import MaskConfig, SparsitySchedule
 from tests.chat_models import tiny_chat_model
 
 TEXTS = [f"cat {number} is a pet" for number in range(200)]
@@ -154,6 +157,46 @@ def test_a_study_goes_on_where_it_was_stopped(folder, data, tmp_path, monkeypatc
     for made in seen:
         tries = [row for row in rows.values() if row["method"] == made.method]
         assert made.rate == min(tries, key=lambda row: row["dev"])["rate"]
+
+
+def test_steps_tell_how_far_the_training_is_and_learn():
+    torch.manual_seed(0)
+    model, seen = torch.nn.Linear(2, 1), []
+    x = torch.randn(8, 2)
+    losses = take_steps(
+        model,
+        adamw(model, 0.1),
+        [x] * 20,
+        lambda model, batch: (model(batch) - batch.sum(1, keepdim=True)).square().mean(),
+        lambda model, progress: seen.append(progress),
+    )
+    assert seen == [number / 20 for number in range(1, 21)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_budget_of_a_mask_grows_as_the_callback_lets_it(folder, data, tokenizer, monkeypatch):
+    shares = []
+    monkeypatch.setattr(training, "spend_budget", lambda model, share: shares.append(share))
+    setting = training.Setting(folder, {"banking77": study.texts(data / "banking77", tokenizer)}, *[None] * 2)
+    training.train(replace(plan.mask("banking77", "all", 0.02), steps=4), setting)
+    assert shares == [SparsitySchedule.gentle(0.02, 4).share(number / 4) for number in range(1, 5)]
+    assert shares[0] < shares[-1] == 1.0
+
+
+def test_super_weights_are_told_with_their_rank(folder, data, tmp_path):
+    file = data / "ag_news" / "test.jsonl"
+    given = ["--model", folder, "--texts", str(file), "--blocks", "1", "--tried", "3", "--rise=-9"]
+    super_weights.main([*given, "--results", str(tmp_path)])
+    figures = json.loads((tmp_path / "super-weights.json").read_text())["figures"]
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert len(figures) == 3
+    assert [row["rise"] for row in figures] == sorted((row["rise"] for row in figures), reverse=True)
+    for row in figures:
+        weight = weights[f"{row['module']}.weight"]
+        assert weight[row["output"], row["input"]].item() == pytest.approx(row["value"])
+        assert row["rank"] == (weight.abs() > abs(row["value"]) * (1 + 1e-6)).sum()
+        assert row["is_candidate"] == (row["rank"] < round(0.1 * weight.numel()))
 
 
 def test_batches_of_a_seed_are_the_same_for_all_methods(data, tokenizer):

@@ -114,3 +114,15 @@ def test_a_layer_that_sees_no_token_is_passed_over():
     found = super_weights(model, [x], lambda batch: -model(batch).square().mean(), rise=-torch.inf, tried=5)
     assert [*found] == ["first"]
     assert len(found["first"]) == 5
+
+
+def test_what_a_weight_reads_counts_beside_its_size():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[0].weight[1, 0], model[0].weight[2, 3] = 5.0, 2.0  # the larger one reads little
+    model = get_peft_model(model, MaskConfig(target_modules=["0"]))
+    x = torch.tensor([[0.01, 0.1, 0.1, 10.0]])
+    reference = model(x).detach()
+    found = super_weights(model, [x], lambda batch: (model(batch) - reference).square().mean(), tried=2, rise=1e-6)
+    assert [*found["0"]] == [2 * 4 + 3, 3 * 4 + 3]
