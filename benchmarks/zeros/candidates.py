@@ -27,7 +27,7 @@ def set_candidates(model: nn.Module, rule: str, batches: Iterable[Any], run: Run
         run: computes a forward pass of a batch.
     """
     layers = mask_layers(model)
-    norms = input_norms(layers, batches, run)
+    norms = input_norms(layers, batches, run) if "activation" in rule else dict.fromkeys(layers, torch.empty(0))
     choose = RULES[rule]
     positions = {name: choose(layer, scores_of(layer).numel(), norms[name]) for name, layer in layers.items()}
     cast(Any, model).base_model.set_candidates(positions)
