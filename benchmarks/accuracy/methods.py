@@ -1,9 +1,4 @@
-"""The methods: a table of rows.
-
-The head is new in every method, so it learns at one rate of its own, `HEAD_LR`, the same for all; the rate that dev
-chooses is that of the pretrained weights, of LoRA's matrices, or of the mask's scores. With one rate for everything, as
-is the habit, full fine-tuning at the small rates it likes leaves the head untrained in budgets as short as these.
-"""
+"""The methods: a table of rows."""
 
 from __future__ import annotations
 
@@ -13,27 +8,17 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from benchmarks.accuracy.optimizers import HEAD_LR, HEAD_NOTE, adamw
 from benchmarks.accuracy.probe import Probe
+from benchmarks.accuracy.rivals import RIVALS
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.training import Method
 from peft_mask import MaskConfig, SparsitySchedule, create_mask_optimizer, spend_budget
 
-HEAD_LR = 5e-3
 STEPS_NOTE = "sign steps that shrink with the gradient"
 GROWING_NOTE = "MaskConfig(), the budget grows over the first fifth, as with MaskCallback()"
-HEAD_NOTE = f"the head learns at {HEAD_LR:g}"
-
-
-def adamw(model: nn.Module, lr: float) -> Optimizer:
-    """AdamW with the head at `HEAD_LR` and everything else that is trained at `lr`."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if not in_head(name)], "lr": lr},
-        {"params": [p for name, p in trained if in_head(name)], "lr": HEAD_LR},
-    ]
-    return AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def mask_adamw(model: nn.Module, lr: float) -> Optimizer:
@@ -60,6 +45,11 @@ def grow(model: nn.Module, progress: float) -> None:
 def smaller_mask(sparsity: float) -> Method:
     note = f"target_sparsity={sparsity}, {STEPS_NOTE}; {HEAD_NOTE}"
     return Method(f"mask-{sparsity}", note, mask(target_sparsity=sparsity), mask_adamw, (5e-4,))
+
+
+def growing_mask(sparsity: float) -> Method:
+    note = f"target_sparsity={sparsity}, the budget grows over the first fifth, {STEPS_NOTE}; {HEAD_NOTE}"
+    return Method(f"growing-mask-{sparsity}", note, mask(target_sparsity=sparsity), mask_adamw, (5e-4,), grow)
 
 
 def lora(r: int) -> Callable[[nn.Module, str], nn.Module]:
@@ -108,6 +98,7 @@ METHODS: dict[str, Method | Probe] = {
             grow,
         ),
         *map(smaller_mask, (0.0017, 0.0007)),
+        *map(growing_mask, (0.002, 0.001, 0.0005, 0.0002)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         *map(lora_row, (16, 8, 4, 2, 1)),
         Method("bitfit", f"every bias, LayerNorm's too; {HEAD_NOTE}", bitfit, adamw, (1e-3, 3e-3, 1e-2)),
@@ -119,6 +110,7 @@ METHODS: dict[str, Method | Probe] = {
             adamw,
             (1e-2, 3e-2, 1e-1, 3e-1),
         ),
+        *RIVALS,
         Probe(),
     )
 }

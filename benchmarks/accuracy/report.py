@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from benchmarks.accuracy.curve import draw_curve
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import SEARCH_SEED, runs_in
 from benchmarks.accuracy.tasks import TASKS
@@ -40,12 +41,15 @@ class Row:
     bits_per_weight: float | None
     entropy_bytes: float | None
     train_seconds: float
+    dtype: str = "float32"
 
     @property
     def bfloat16_bytes(self) -> float | None:
-        """`bytes` if the adapter's numbers, all float32 here, were saved in bfloat16; a mask and a probe have none."""
+        """`bytes` with the adapter's numbers in bfloat16, counted if it was saved in float32; None without numbers."""
         if self.bits_per_weight is not None or not self.bytes:
             return None
+        if self.dtype == "bfloat16":
+            return self.bytes
         return self.bytes - 2 * (self.trained_parameters - self.head_bytes / 4)
 
 
@@ -94,6 +98,7 @@ def _row(group: Sequence[Result]) -> Row:
         bits_per_weight=mean("bits_per_weight"),
         entropy_bytes=mean("entropy_bytes"),
         train_seconds=mean("train_seconds") or 0.0,
+        dtype=first.get("dtype", "float32"),
     )
 
 
@@ -136,7 +141,7 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def write_report(results: Path) -> str:
-    """Writes README.md, summary.json and accuracy.png into `results`; returns the table of the means."""
+    """Writes README.md, summary.json, accuracy.png and curve.png into `results`; returns the table of the means."""
     found = read_results(results)
     rows = rows_of(found)
     if not rows:
@@ -147,6 +152,7 @@ def write_report(results: Path) -> str:
         json.dumps({"means": means, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8"
     )
     draw(rows, means, results / "accuracy.png")
+    draw_curve(means, results / "curve.png")
     (results / "README.md").write_text(_page(found, rows, table), "utf-8")
     return table
 

@@ -21,6 +21,7 @@ from benchmarks.accuracy.training import Method, Setting
 from benchmarks.runs_file import Key, RunsFile
 
 SEARCH_SEED = 0
+MOST = 7  # rates that are tried of a method whose best is at the edge of its own
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "scikit-learn")
 
 
@@ -106,6 +107,9 @@ def search(
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
     chosen = best_on_dev(tries, setting, progress)
+    while isinstance(method, Method) and method.widen and (lr := beyond([run.lr for run in tries], chosen.lr)):
+        tries.append(Run(task, method, lr, SEARCH_SEED, steps, results))
+        chosen = best_on_dev(sorted(tries, key=lambda run: run.lr), setting, progress)
     results_of_seeds = []
     for seed in _seeds(method, seeds):
         run = Run(task, method, chosen.lr, seed, steps, results)
@@ -121,6 +125,14 @@ def search(
         run.state.unlink(missing_ok=True)
         results_of_seeds.append(result)
     return results_of_seeds
+
+
+def beyond(lrs: Sequence[float], best: float) -> float | None:
+    """The rate to try next: the rung above or below the best, if that is the highest or the lowest of `lrs`."""
+    if len(lrs) >= MOST or min(lrs) < best < max(lrs):
+        return None
+    rungs = [float(f"{digit}e{exponent}") for exponent in range(-7, 3) for digit in (1, 3)]
+    return min(rung for rung in rungs if rung > best) if best == max(lrs) else max(r for r in rungs if r < best)
 
 
 def best_on_dev(tries: Sequence[Run], setting: Setting, progress: Progress) -> Run:
@@ -188,7 +200,7 @@ def unfinished_steps(task: Task, method: Method | Probe, seeds: Sequence[int], r
     done = runs_in(results).read()
     runs = sum(run.key not in done for run in tries)
     for seed in set(_seeds(method, seeds)) - {SEARCH_SEED}:
-        runs += not any(Run(task, method, lr, seed, steps, results).key in done for lr in method.lrs)
+        runs += not any((key[0], key[1], *key[3:]) == (task.name, method.name, seed, steps) for key in done)
     return runs * _weight(method, steps)
 
 

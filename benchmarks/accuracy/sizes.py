@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 
 from peft_mask import Masks
 
@@ -38,3 +40,11 @@ def measure(folder: Path) -> dict[str, Any]:
             "entropy_bytes": masks.entropy * masks.weights / 8,
         }
     return figures
+
+
+def bytes_on_base(folder: Path, base: nn.Module) -> int:
+    """Size of a file of an adapter's masks alone, coded against their base as with `portable=False`."""
+    with tempfile.TemporaryDirectory() as other:
+        Masks.load(folder).save(other, base=base)
+        (path,) = Path(other).glob("*.safetensors")
+        return path.stat().st_size

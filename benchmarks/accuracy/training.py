@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from benchmarks.accuracy.model import model_class
-from benchmarks.accuracy.sizes import measure
+from benchmarks.accuracy.sizes import bytes_on_base, in_head, measure
 from benchmarks.accuracy.tasks import IGNORED, Rows, Split, Task, load_rows, training_batches
 from peft_mask import MaskStatistics
 
@@ -29,7 +29,8 @@ class Method:
 
     `build(model, task_type)` returns the model to train, `optimizer(model, lr)` its optimizer, `before_step(model,
     progress)` is called before each step, with progress from 0 to 1. `note` says in words what the functions do; it is
-    recorded with each result, and a result with another note is refused.
+    recorded with each result, and a result with another note is refused. What is trained, but for the head, is saved
+    and scored in `dtype`. With `widen` dev chooses among more rates while it likes the lowest or the highest.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Method:
     optimizer: Callable[[nn.Module, float], Optimizer]
     lrs: tuple[float, ...]
     before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
+    dtype: torch.dtype = torch.float32
+    widen: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,41 @@ def train(
         if len(losses) % 50 == 0:
             setting.progress(f"step {len(losses)} of {steps}, loss {sum(losses[-50:]) / 50:.3f}")
     seconds = time.perf_counter() - start
+    _round(trained, method.dtype)
     figures: dict[str, Any] = {
         "dev": accuracy(model, setting.rows(task, "dev")),
         "loss": sum(losses[-20:]) / len(losses[-20:]),
         "train_seconds": round(seconds, 2),
+        "dtype": str(method.dtype).removeprefix("torch."),
         "trained_parameters": sum(p.numel() for p in trained.values()),
         **{name: value for name, value in statistics(model).items() if name == "flip_ratio"},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        # A plain model has no adapter: of it, what was trained is saved (full fine-tuning: everything, BitFit: biases).
-        model.save_pretrained(folder, state_dict=None if isinstance(model, PeftModel) else trained)
-        figures |= measure(Path(folder))
     if state is not None:
         save_file({name: p.detach().contiguous() for name, p in trained.items()}, state)
+    with tempfile.TemporaryDirectory() as folder:
+        # A plain model has no adapter: of it, what was trained is saved (full fine-tuning: everything, BitFit: biases).
+        tensors = model.state_dict() if isinstance(model, PeftModel) else trained
+        model.save_pretrained(folder, state_dict=_kept(tensors, method.dtype))
+        figures |= measure(Path(folder))
+        if "sparsity" in figures:
+            figures["bytes_on_base"] = bytes_on_base(Path(folder), model.unload())
     return figures
+
+
+def _round(trained: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Round what was trained, but for the head, to what is left of it in a file of `dtype`."""
+    with torch.no_grad():
+        for name, p in trained.items():
+            if not in_head(name):
+                p.copy_(p.to(dtype))
+
+
+def _kept(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors for a file of `dtype`; the head stays as it is."""
+    if dtype == torch.float32:
+        return dict(tensors)
+    cast = {name: t.is_floating_point() and not in_head(name) for name, t in tensors.items()}
+    return {name: t.to(dtype) if cast[name] else t for name, t in tensors.items()}
 
 
 def score_test(task: Task, method: Method, seed: int, setting: Setting, state: Path) -> float:

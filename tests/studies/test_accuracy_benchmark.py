@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer, DistilBertConfig, MPNetConfig, MPNetModel
 
 from benchmarks import long
@@ -17,6 +17,7 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import probe, report, runs, tasks, training
 from benchmarks.accuracy.methods import METHODS, mask
 from benchmarks.accuracy.model import model_class
+from benchmarks.accuracy.rivals import RIVALS
 from benchmarks.accuracy.sizes import in_head
 from benchmarks.accuracy.tasks import IGNORED, TASKS, Rows, training_batches
 from benchmarks.accuracy.training import Method, Setting
@@ -24,6 +25,7 @@ from peft_mask.layers.mask_layer import MaskLayer
 
 WORDS = ["red", "green", "blue", "runs", "sleeps", "un", "##happy", "the", "a"]
 STEPS = 3
+PEERS = [name for name in METHODS if name not in {rival.name for rival in RIVALS}]  # those that take the tiny model
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +85,17 @@ def test_one_command_runs_every_method_and_makes_the_report(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    run(data, model, results, "--seeds", "0", "1")
+    run(data, model, results, "--seeds", "0", "1", "--methods", *PEERS)
     assert (results / "runs.jsonl").read_bytes().count(b"\n") == len(results_in(results)), "one row a training"
     rows = report.rows_of(report.read_results(results))
-    assert [(row.task, row.method) for row in rows] == [(t, m) for t in ("trec", "ud_ewt_pos") for m in METHODS]
+    assert [(row.task, row.method) for row in rows] == [(t, m) for t in ("trec", "ud_ewt_pos") for m in PEERS]
     assert all(len(row.tries) == len(METHODS[row.method].lrs) for row in rows)
     assert all(row.seeds == ((0,) if row.method == "probe" else (0, 1)) for row in rows)
     assert not list(results.rglob("*.safetensors")), "trained parameters are left behind"
     page = (results / "README.md").read_text("utf-8")
-    assert all(f"| {method} |" in page for method in METHODS)
+    assert all(f"| {method} |" in page for method in PEERS)
     assert str(tmp_path) not in page + (results / "runs.jsonl").read_text("utf-8")
-    assert {mean["method"] for mean in json.loads((results / "summary.json").read_text())["means"]} == set(METHODS)
+    assert {mean["method"] for mean in json.loads((results / "summary.json").read_text())["means"]} == set(PEERS)
     assert (results / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "| mask | 2 |" in capsys.readouterr().out
     by_method = {row.method: row for row in rows if row.task == "trec"}
@@ -103,6 +105,7 @@ def test_one_command_runs_every_method_and_makes_the_report(
     # 100 numbers of four bytes, 50 bytes of names and shapes; the head's 10 numbers are in none of them
     row = replace(by_method["lora-r8"], bytes=450, trained_parameters=110, head_bytes=40)
     assert row.bfloat16_bytes == 250
+    assert replace(row, dtype="bfloat16").bfloat16_bytes == 450, "saved so"
     assert len({row.head_bytes for row in by_method.values()}) == 1, "the head is the same in every method"
 
 
@@ -258,6 +261,74 @@ def test_a_peers_test_is_scored_with_the_parameters_of_the_run(setting: Setting,
     (setting.data / task.name / "test.conll").write_bytes((setting.data / task.name / "dev.conll").read_bytes())
     figures = training.train(task, method, method.lrs[-1], 1, STEPS, setting, state)
     assert training.score_test(task, method, 1, setting, state) == figures["dev"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A layer of all-MiniLM-L6-v2's widths, to which the settings of the rivals are fitted."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    BertTokenizer.from_pretrained(model).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=14, hidden_size=384, num_hidden_layers=1, intermediate_size=1536)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of what makes files small, and of layers that are not linear
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+def test_a_rival_learns_and_is_saved_and_scored_in_bfloat16(
+    data: Path, wide: Path, tmp_path: Path, rival: Method
+) -> None:
+    setting, task, state = Setting(data, str(wide)), TASKS["trec"], tmp_path / "state.safetensors"
+    before = {name: p for name, p in training.untrained(task, rival, 0, setting).named_parameters() if p.requires_grad}
+    figures = training.train(task, rival, rival.lrs[-1], 0, STEPS, setting, state)
+    own = {name: value for name, value in load_file(state).items() if not in_head(name)}
+    assert any(not torch.equal(value, before[name]) for name, value in own.items())
+    assert all(torch.equal(value, value.bfloat16().float()) for value in own.values())
+    assert figures["dtype"] == "bfloat16"
+    in_float32 = training.train(task, replace(rival, dtype=torch.float32), rival.lrs[-1], 0, STEPS, setting)
+    saved, whole = (each["bytes"] - each["head_bytes"] for each in (figures, in_float32))
+    assert saved < 0.75 * whole, "what is saved is half as wide, its names are not"
+    again = training.restored(task, rival, 0, setting, state)
+    (data / "trec" / "test.jsonl").write_bytes((data / "trec" / "dev.jsonl").read_bytes())
+    assert training.accuracy(again, setting.rows(task, "dev")) == figures["dev"]
+
+
+def test_dev_chooses_among_more_rates_while_the_best_is_at_the_edge(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dev = {3e-3: 0.6, 1e-2: 0.7, 3e-2: 0.8, 1e-1: 0.75}
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *a: {**train(*a), "dev": dev[a[2]]})
+    open_ended = replace(METHODS["lora-r1"], lrs=(3e-3, 1e-2), widen=True)
+    runs.search(TASKS["trec"], open_ended, [0], setting, tmp_path, STEPS)
+    assert sorted(result["lr"] for result in results_in(tmp_path).values()) == sorted(dev)
+    assert [key[2] for key, result in results_in(tmp_path).items() if "test" in result] == [3e-2]
+    assert runs.unfinished_steps(TASKS["trec"], open_ended, [0], tmp_path, STEPS) == 0
+
+
+@pytest.mark.parametrize(
+    ("lrs", "best", "further"),
+    [
+        ((1e-3, 3e-3, 1e-2), 1e-2, 3e-2),
+        ((1e-3, 3e-3, 1e-2), 1e-3, 3e-4),
+        ((5e-4, 7e-3), 7e-3, 1e-2),
+        ((1e-3, 3e-3, 1e-2), 3e-3, None),
+        ((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1e-1, None),
+    ],
+)
+def test_the_next_rate_is_about_three_times_beyond_an_edge(
+    lrs: tuple[float, ...], best: float, further: float | None
+) -> None:
+    assert runs.beyond(lrs, best) == further
+
+
+def test_a_masks_bytes_against_its_base_are_fewer(setting: Setting) -> None:
+    figures = training.train(
+        TASKS["trec"], replace(METHODS["mask"], build=mask(target_sparsity=0.1)), 5e-4, 0, STEPS, setting
+    )
+    assert 0 < figures["bytes_on_base"] < figures["bytes"] - figures["head_bytes"]
 
 
 def test_shiras_positions_come_from_the_seed_of_the_run(setting: Setting) -> None:
