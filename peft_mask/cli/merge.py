@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> Answer:
         with quietly():
             merged = _in_floats(merged)
     with new_folder(options.out) as folder:
-        merged.save_pretrained(folder)
+        _save(merged, folder)
         tokenizer = _save_tokenizer(options.base, adapter, folder)
     written = sum(file.stat().st_size for file in Path(options.out).iterdir())
     data = {
@@ -108,6 +109,14 @@ def _in_floats(model: Any) -> Any:
     if getattr(model, "generation_config", None) is not None:
         plain_model.generation_config = model.generation_config
     return plain_model
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save a model, one in codes by the names that it has: transformers 5.23 cannot undo how it has loaded these."""
+    quantized = getattr(model, "is_quantized", False)
+    own_names = quantized and "save_original_format" in signature(model.save_pretrained).parameters
+    with quietly():
+        model.save_pretrained(folder, **({"save_original_format": False} if own_names else {}))
 
 
 def _save_tokenizer(base: str, adapter: Adapter, folder: Path) -> bool:

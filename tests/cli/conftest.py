@@ -53,9 +53,9 @@ def refused(run):
 def place(tmp_path_factory):
     """A classifier's base, and the adapters a, b and c of two, five and three labels."""
     made = Place(tmp_path_factory.mktemp("cli-classify"), KINDS["classify"])
-    made.save("thin", 3, target_sparsity=0.02)
-    made.save("thin-too", 4, target_sparsity=0.02)
-    made.save("bound", 3, target_sparsity=0.02, portable=False)
+    made.save("thin", 3, target_sparsity=0.02, candidates=0.1)
+    made.save("thin-too", 4, target_sparsity=0.02, candidates=0.1)
+    made.save("bound", 3, target_sparsity=0.02, candidates=0.1, portable=False)
     return made
 
 

@@ -46,7 +46,8 @@ def test_the_script_and_the_module_are_the_same_command():
         [sys.executable, "-m", "peft_mask", "inspect", "nowhere"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == (
+    # bitsandbytes may say before that which kernels it lacks
+    assert ran.stderr.splitlines(keepends=True)[-1] == (
         "peft-mask inspect: error: there is no folder 'nowhere', and it is no id on the Hub like 'user/name': "
         "check the name.\n"
     )
@@ -149,7 +150,7 @@ def test_the_environment_has_versions_and_devices_and_no_secret(run, monkeypatch
 def test_what_strangers_wrote_cannot_move_the_cursor():
     assert plain("a\x1b[2J\u202eb\ud800") == r"a\x1b[2J\u202eb\ud800"
     assert one_line("first\n  second\x07") == r"first second\x07"
-    assert columns([{"name": "\x1b[31m", "bytes": 1200}]).splitlines() == ["name       bytes", r"\x1b[31m  1,200"]
+    assert columns([{"name": "\x1b[31m", "bytes": 1200}]).splitlines() == ["name      bytes", r"\x1b[31m  1,200"]
 
 
 def test_numbers_that_json_lacks_are_null():

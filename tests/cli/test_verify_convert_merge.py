@@ -169,6 +169,10 @@ def test_a_quantized_base_is_merged_into_its_codes_or_written_in_floats(talking,
     assert run("verify", talking.adapters / "a", "--base", tmp_path / "base").code == 0
     said = run("merge", talking.adapters / "a", "--base", tmp_path / "base", "--out", tmp_path / "again", "--json")
     assert said.data["quantized"] is True
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    expected, found = codes.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_dequantize_is_refused_where_nothing_is_quantized(place, refused, tmp_path):
