@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from peft_mask import __version__
-from peft_mask.cli import combine, convert, diff, env, estimate, inspect, merge, serve, verify
+from peft_mask.cli import combine, convert, diff, env, estimate, inspect, merge, report, serve, verify
 from peft_mask.cli.answer import FAILED, OK, Answer, one_line
 
-COMMANDS = (inspect, diff, verify, combine, convert, merge, estimate, serve, env)
+COMMANDS = (inspect, diff, verify, combine, convert, merge, estimate, report, serve, env)
 INTERRUPTED = 130  # what shells give for Ctrl-C
 
 _EXAMPLES = """\
