@@ -52,7 +52,7 @@ def heat(rows: Rows, *, x: str, y: str, value: str, percent: bool = True, step: 
         percent: whether the value is a share.
         step: pixels of a cell.
     """
-    most = max((row[value] for row in rows), default=0)
+    most, angle = max((row[value] for row in rows), default=0), 0 if step < 40 else -30
     shown = ".2%" if percent and most < 0.1 else ".0%" if percent else ".2~f"
     return {
         "data": {"values": [_cut(row) for row in rows]},
@@ -65,7 +65,7 @@ def heat(rows: Rows, *, x: str, y: str, value: str, percent: bool = True, step: 
                 "type": "nominal",
                 "sort": None,
                 "title": x,
-                "axis": {"labelAngle": 0 if step < 40 else -30},
+                "axis": {"labelAngle": angle},
             },
             "y": {"field": y, "type": "nominal", "sort": None, "title": None},
             "color": {

@@ -11,6 +11,7 @@ from typing import Any
 from peft_mask.cli.answer import plain
 
 _LONGEST_CARD = 200_000  # characters
+_ABOVE_CARDS = 3  # level of the heading above a card
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,12 @@ def card_html(text: str) -> str:
     reader = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")
     reader.validateLink = _leads_to_the_web  # type: ignore[method-assign]
     tokens = reader.parse(body)
+    level, first = _ABOVE_CARDS, min((token.tag for token in tokens if token.type == "heading_open"), default="h1")
     for token in tokens:
+        if token.type == "heading_open":  # below those of the page, and no step is left out on the way down
+            level = min(int(token.tag[1]) - int(first[1]) + _ABOVE_CARDS + 1, level + 1, 6)
         if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{min(int(token.tag[1]) + 3, 6)}"  # below those of the page
+            token.tag = f"h{level}"
         for child in token.children or []:
             if child.type == "link_open":
                 child.attrSet("rel", "noopener noreferrer nofollow")
