@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from peft_mask.cli.adapter import Adapter, read_adapter
 from peft_mask.cli.answer import Answer, plain, size
@@ -17,6 +17,8 @@ from peft_mask.cli.base import QUANTIZED, add_base, load_base
 from peft_mask.cli.output import check_free, new_folder
 from peft_mask.server.loading import quietly
 from peft_mask.serving.labels import read_names
+
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
 
 def add(commands: Any) -> None:
@@ -121,11 +123,15 @@ def _save(model: Any, folder: Path) -> None:
 
 def _save_tokenizer(base: str, adapter: Adapter, folder: Path) -> bool:
     """Save the adapter's own tokenizer, which may have more tokens, or else the base's; whether there was one."""
-    own = (adapter.folder / "tokenizer_config.json").is_file()
-    try:
-        AutoTokenizer.from_pretrained(adapter.folder if own else base).save_pretrained(folder)
-    except (OSError, ValueError, json.JSONDecodeError):
-        if own:
-            raise
-        return False
-    return True
+    for place in (str(adapter.folder), base):
+        if any(_has(place, name) for name in _TOKENIZERS):  # or transformers 5 makes one up, without any words
+            AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+            return True
+    return False
+
+
+def _has(place: str, name: str) -> bool:
+    if Path(place).is_dir():
+        return (Path(place) / name).is_file()
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(place, name, **quiet) is not None

@@ -180,6 +180,24 @@ def test_dequantize_is_refused_where_nothing_is_quantized(place, refused, tmp_pa
     assert "--dequantize is for a quantized base" in message
 
 
+def test_no_tokenizer_is_made_up(place, run, tmp_path):
+    AutoModel.from_pretrained(place.base).save_pretrained(tmp_path / "base")
+    said = run("merge", place.adapters / "a", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    assert said.code == 0
+    assert "without a tokenizer: neither base nor adapter has one" in said.out
+    assert not [path.name for path in (tmp_path / "merged").iterdir() if "token" in path.name or "vocab" in path.name]
+
+
+def test_the_adapters_own_tokenizer_goes_along_and_its_tokens_have_rows(talking, run, tmp_path):
+    folder = copied(talking.adapters / "a", tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(talking.base)
+    tokenizer.add_tokens(["<|yes|>", "<|no|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert run("merge", folder, "--base", talking.base, "--out", tmp_path / "merged").code == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer) == 66
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().num_embeddings == 66
+
+
 def test_names_of_other_labels_than_the_head_has_are_refused(place, refused, tmp_path):
     folder = copied(place.adapters / "a", tmp_path / "a")
     (folder / "labels.json").write_text('["one", "two", "three"]')
