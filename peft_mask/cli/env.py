@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> Answer:
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
     text = facts(
-        {name: version or "not installed" for name, version in packages.items()}
+        {name: found or "not installed" for name, found in packages.items()}
         | {
             "python": data["python"],
             "platform": f"{data['platform']}, {data['processor']}, {data['cpus']} CPUs",
@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> Answer:
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 

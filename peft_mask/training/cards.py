@@ -52,7 +52,7 @@ def quantize_shapes(model: nn.Module, backbone: nn.Module) -> None:
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
 
     for parent in [*backbone.modules()]:
         for name, module in [*parent.named_children()]:

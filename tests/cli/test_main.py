@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import tomllib
 from peft import LoraConfig, get_peft_model
 
+from peft_mask import Masks
 from peft_mask.cli import main as commands
 from peft_mask.cli.answer import Answer, columns, one_line, plain
 from peft_mask.cli.main import COMMANDS, build
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 NAMES = [command.__name__.rpartition(".")[2] for command in COMMANDS]
@@ -72,6 +75,21 @@ def test_an_id_on_the_hub_that_cannot_be_had_is_refused_with_advice(refused):
     message = refused("inspect", "nobody/nothing")
     assert "there is no folder 'nobody/nothing', and 'nobody/nothing' cannot be downloaded" in message
     assert message.endswith("Check the name, the network and your login, or give a folder.")
+
+
+def test_an_id_on_the_hub_is_downloaded(place, tmp_path):
+    with HubServer({"hf_alice": "alice"}) as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_alice"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+        push = "import sys; from huggingface_hub import HfApi as A; A().create_repo('alice/mask'); "
+        push += "A().upload_folder(repo_id='alice/mask', folder_path=sys.argv[1], ignore_patterns=['README.md'])"
+        processes = {"env": environment, "capture_output": True, "text": True, "cwd": tmp_path, "check": True}
+        subprocess.run([sys.executable, "-c", push, str(place.adapters / "a")], **processes)
+        command = [sys.executable, "-m", "peft_mask", "inspect", "alice/mask@main", "--json"]
+        said = json.loads(subprocess.run(command, **processes).stdout)
+    assert said["adapter"] == "alice/mask@main"
+    assert said["zeros"] == sum(Masks.load(place.adapters / "a").zeros.values())
 
 
 def test_an_adapter_of_another_method_is_refused(place, refused, tmp_path):
