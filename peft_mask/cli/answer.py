@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST = 1500  # characters of a message
 OK, NO, FAILED = 0, 1, 2  # exit codes: done, or yes; a "no" or "different"; not done
 
 
@@ -40,8 +42,9 @@ def plain(value: object) -> str:
 
 
 def one_line(value: object) -> str:
-    """Return a message as one line of printable characters."""
-    return plain(" ".join(str(value).split()))
+    """Return a message as one line of printable characters; of a very long one the beginning."""
+    line = plain(" ".join(str(value).split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def size(count: float) -> str:
@@ -94,7 +97,7 @@ def _cell(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value[:1].isdigit()) or value == "-"
+    return isinstance(value, int) or (isinstance(value, str) and bool(re.fullmatch(r"[\d,.]+( %)?|-", value)))
 
 
 def _finite(value: Any) -> Any:

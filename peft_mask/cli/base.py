@@ -12,7 +12,9 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from peft_mask.cli.adapter import Adapter
+from peft_mask.cli.answer import one_line
 from peft_mask.format.mask_file import BIAS
+from peft_mask.format.masks import Masks
 from peft_mask.server.loading import quietly, widest_head
 
 CLASSES: dict[str, Any] = {
@@ -35,6 +37,21 @@ def add_base(parser: Any, *, required: bool, why: str = "") -> None:
     """Add the options that name a base model."""
     parser.add_argument("--base", required=required, help=f"base model: a folder, or an id on the Hub{why}")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base; by default as it is stored")
+
+
+def config_of(place: str) -> Any:
+    """Return the configuration of a model, of transformers' kind.
+
+    Raises:
+        ValueError: there is none. The message names the place.
+    """
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no model of transformers at '{place}' that can be read, neither a folder nor on the Hub: check "
+            f"the name, the network and your login. ({one_line(error)[:200]})"
+        ) from error
 
 
 def class_for(adapter: Adapter, config: Any) -> Any:
@@ -79,9 +96,10 @@ def load_base(place: str, adapter: Adapter, dtype: str = "auto", quantized: str 
         The model, in evaluation mode, and the names of its weights that `place` does not have.
 
     Raises:
-        OSError, ValueError: there is no such model, or it is none for this adapter.
+        NotForThisBaseError: it is none for this adapter.
+        OSError, ValueError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(place)
+    config = config_of(place)
     kind = class_for(adapter, config)
     own: dict[str, Any] = {}
     if kind in (CLASSES["SEQ_CLS"], CLASSES["TOKEN_CLS"]):
@@ -103,6 +121,17 @@ def load_base(place: str, adapter: Adapter, dtype: str = "auto", quantized: str 
 def base_for_masks(options: argparse.Namespace, adapter: Adapter) -> Any:
     """Return the base that the command line names, or None if it names none."""
     return None if options.base is None else load_base(options.base, adapter, options.dtype)[0]
+
+
+def masks_of(adapter: Adapter, base: Any) -> Masks:
+    """Read an adapter's masks, with the base if there is one.
+
+    Raises:
+        ValueError: there is none, and the adapter needs it; or they do not belong together.
+    """
+    if base is None and not adapter.portable:
+        raise ValueError(f"'{adapter.name}' is coded against its base: name it with --base, so that it can be read.")
+    return Masks.load(adapter.folder, base)
 
 
 def _candidates(adapter: Adapter, config: Any) -> Iterator[Any]:

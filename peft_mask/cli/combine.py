@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_mask.cli.adapter import folder_of, read_adapter
 from peft_mask.cli.answer import Answer, percent, plain
-from peft_mask.cli.base import add_base, base_for_masks
+from peft_mask.cli.base import add_base, base_for_masks, masks_of
 from peft_mask.cli.output import check_free, copy_companions, new_folder
 from peft_mask.format.masks import Masks
 from peft_mask.model.carried import carry
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Answer:
     if head is not None and head.resolve() not in [each.folder.resolve() for each in given]:
         raise ValueError(f"--head {options.head}: name one of the adapters that are combined.")
     base = base_for_masks(options, given[0])
-    masks = [Masks.load(each.folder, base) for each in given]
+    masks = [masks_of(each, base) for each in given]
     made = Masks.combine(masks, options.votes or [1.0] * len(masks), options.how)
     with new_folder(options.out) as folder:
         made.save(folder)

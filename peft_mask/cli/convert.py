@@ -7,9 +7,8 @@ from typing import Any
 
 from peft_mask.cli.adapter import read_adapter
 from peft_mask.cli.answer import Answer, plain
-from peft_mask.cli.base import add_base, base_for_masks
+from peft_mask.cli.base import add_base, base_for_masks, masks_of
 from peft_mask.cli.output import check_free, copy_companions, new_folder
-from peft_mask.format.masks import Masks
 from peft_mask.model.carried import carry
 from peft_mask.settings.card import is_card_due, update_model_card
 
@@ -42,10 +41,8 @@ def run(options: argparse.Namespace) -> Answer:
         if options.base not in (None, options.against):
             raise ValueError("--against names the base already: leave --base out.")
         options.base = options.against
-    elif not adapter.portable and options.base is None:
-        raise ValueError(f"'{adapter.name}' is coded against its base: name it with --base, so that it can be read.")
     base = base_for_masks(options, adapter)
-    masks = Masks.load(adapter.folder, base)
+    masks = masks_of(adapter, base)
     with new_folder(options.out) as folder:
         masks.save(folder, base if options.against is not None else None)
         carry(adapter.folder, folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_mask.cli.adapter import Adapter, read_adapter
 from peft_mask.cli.answer import NO, OK, Answer, columns, facts, one_line, percent, plain
-from peft_mask.cli.base import add_base, base_for_masks
+from peft_mask.cli.base import add_base, base_for_masks, masks_of
 from peft_mask.cli.inspect import kind_of, layer_of
 from peft_mask.format.masks import Masks
 from peft_mask.model.names import module_name
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> Answer:
     """Compare two adapters."""
     first, second = read_adapter(options.first), read_adapter(options.second)
     base = base_for_masks(options, first)
-    a, b = (Masks.load(each.folder, base) for each in (first, second))
+    a, b = (masks_of(each, base) for each in (first, second))
     if a.keys() != b.keys():
         return _other_modules(options, a, b)
     groups = {"kind": kind_of, "layer": layer_of, "matrix": str}

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_mask.cli.answer import Answer, columns, facts, size
-from peft_mask.cli.base import CLASSES
+from peft_mask.cli.base import CLASSES, config_of
+from peft_mask.server.loading import quietly
 from peft_mask.settings.config import MaskConfig
 from peft_mask.settings.options import DEFAULT_SPARSITY
 from peft_mask.training.cards import longest, quantize_shapes, usable
@@ -75,8 +76,9 @@ def run(options: argparse.Namespace) -> Answer:
         model = _model(options, shape)
         return training_memory(model, config, _batch(options.task, rows, tokens), options.steps)
 
-    memory = needs(options.tokens, options.batch)
-    with torch.device("meta"):
+    with quietly():
+        memory = needs(options.tokens, options.batch)
+    with torch.device("meta"), quietly():
         disk = storage(CLASSES[options.task].from_config(shape), config, options.sparsity)
     data: dict[str, Any] = {
         "model": options.model,
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace) -> Answer:
         "adapter_bytes": disk.mask,
         "card": None,
     }
-    unit, step = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
+    unit, step = ("GiB", 2**30) if memory.total >= 2**33 else ("MiB", 2**20)
     parts = {said: getattr(memory, part) for part, said in _PARTS.items()} | {"together": memory.total}
     rows = [{"what for": said, unit: f"{held / step:,.2f}"} for said, held in parts.items()]
     text = [
@@ -134,12 +136,20 @@ def _number(text: str) -> int:
 def _shape_of(model: str) -> Any:
     if model in CONFIG_MAPPING:
         return AutoConfig.for_model(model)
-    return AutoConfig.from_pretrained(model)
+    return config_of(model)
 
 
 def _model(options: argparse.Namespace, shape: Any) -> Any:
-    with torch.device("meta"):
-        model = CLASSES[options.task].from_config(shape, dtype=getattr(torch, options.dtype))
+    try:
+        with torch.device("meta"):
+            model = CLASSES[options.task].from_config(shape, dtype=getattr(torch, options.dtype))
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"transformers has no model for --task {options.task} of the type '{shape.model_type}': choose another of "
+            f"{', '.join(_TASKS)}."
+        ) from error
     if options.nf4:
         quantize_shapes(model, model.base_model)
     if hasattr(model.config, "use_cache"):

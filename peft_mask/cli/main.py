@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from huggingface_hub.utils import logging as hub_logging
+
 from peft_mask import __version__
 from peft_mask.cli import combine, convert, diff, env, estimate, inspect, merge, report, serve, verify
 from peft_mask.cli.answer import FAILED, OK, Answer, one_line
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: help was asked for (0), or no command could be made of what was typed (2).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hub_logging.set_verbosity_error()  # or it counts each time that it asks in vain
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if typed[:1] == ["serve"]:
         return serve.serve(typed[1:])

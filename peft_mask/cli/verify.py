@@ -17,7 +17,7 @@ from peft_mask.serving.source import TENSORS
 from peft_mask.settings.config import MaskConfig
 
 _ADAPTER = "default"
-_SHOWN = 12  # lines of what is wrong
+_SHOWN = 12  # names of masks that are wrong in the same way
 
 
 def add(commands: Any) -> None:
@@ -73,7 +73,7 @@ def _wrong_masks(adapter: Adapter, base: Any, config: MaskConfig) -> dict[str, s
         try:
             checked_bits(name, layers[name], record, config)
         except ValueError as error:
-            wrong[name] = one_line(error)
+            wrong[name] = one_line(str(error).removeprefix(f"cannot load the mask of '{name}': "))
     return wrong
 
 
@@ -94,9 +94,11 @@ def _answer(options: argparse.Namespace, adapter: Adapter, wrong: dict[str, str]
         count = len(adapter.masks)
         return Answer(data, f"They belong together: {count} masks of {count}{beside}{checked}.")
     lines = [f"They do not belong together: {len(wrong)} masks of {len(adapter.masks)} are wrong."]
-    lines += [f"  {plain(name)}: {reason}" for name, reason in [*wrong.items()][:_SHOWN]]
-    if len(wrong) > _SHOWN:
-        lines.append(f"  and {len(wrong) - _SHOWN} more (--json has all)")
+    for reason in dict.fromkeys(wrong.values()):
+        names = [plain(name) for name, own in wrong.items() if own == reason]
+        lines += [f"{reason}", *(f"  {name}" for name in names[:_SHOWN])]
+        if len(names) > _SHOWN:
+            lines.append(f"  and {len(names) - _SHOWN} more (--json has all)")
     if whole is not None and not wrong:
         lines = ["They do not belong together.", f"  {whole}"]
     return Answer(data, "\n".join(lines), OK if ok else NO)

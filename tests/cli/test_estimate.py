@@ -50,6 +50,13 @@ def test_four_bits_and_less_to_train_take_less(talking, run):
     assert total("--no-checkpointing") > usual
 
 
+def test_a_model_that_is_not_there_or_has_no_such_head_is_refused_with_its_name(refused, tmp_path):
+    message = refused("estimate", "--model", tmp_path)
+    assert f"there is no model of transformers at '{tmp_path}' that can be read" in message
+    message = refused("estimate", "--model", "vit")
+    assert "transformers has no model for --task CAUSAL_LM of the type 'vit': choose another of" in message
+
+
 def test_rows_that_the_model_cannot_take_and_cards_that_are_none_are_refused(talking, refused):
     assert "is made for rows of 64 tokens at most" in refused("estimate", "--model", talking.base, "--tokens", 65)
     assert "expected the memory of a card, such as 24GB, got 'big'" in refused(

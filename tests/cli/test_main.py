@@ -168,6 +168,7 @@ def test_the_environment_has_versions_and_devices_and_no_secret(run, monkeypatch
 def test_what_strangers_wrote_cannot_move_the_cursor():
     assert plain("a\x1b[2J\u202eb\ud800") == r"a\x1b[2J\u202eb\ud800"
     assert one_line("first\n  second\x07") == r"first second\x07"
+    assert one_line("x" * 9999) == f"{'x' * 1500} ..."
     assert columns([{"name": "\x1b[31m", "bytes": 1200}]).splitlines() == ["name      bytes", r"\x1b[31m  1,200"]
 
 
