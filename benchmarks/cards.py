@@ -51,7 +51,7 @@ def llama(shape: dict[str, Any], base: str) -> nn.Module:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16)
     if base == "nf4":
-        quantize_shapes(model, model.model)
+        quantize_shapes(model.model)
     model.config.use_cache = False
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

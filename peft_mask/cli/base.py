@@ -15,7 +15,10 @@ from peft_mask.cli.adapter import Adapter
 from peft_mask.cli.answer import one_line
 from peft_mask.format.mask_file import BIAS
 from peft_mask.format.masks import Masks
+from peft_mask.layers.drawn_head import draw_head
+from peft_mask.model.targets import resolve_targets
 from peft_mask.server.loading import quietly, widest_head
+from peft_mask.settings.config import MaskConfig
 
 CLASSES: dict[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -113,6 +116,7 @@ def load_base(place: str, adapter: Adapter, dtype: str = "auto", quantized: str 
     with quietly():
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True, **own)
     _resize(model, adapter)
+    _draw_head(model, adapter)
     return model.eval(), {str(name) for name in report["missing_keys"]} | {
         str(name[0] if isinstance(name, tuple) else name) for name in report["mismatched_keys"]
     }
@@ -157,6 +161,14 @@ def _resize(model: Any, adapter: Adapter) -> None:
         tokens = len(AutoTokenizer.from_pretrained(adapter.folder))
         if tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(tokens)
+
+
+def _draw_head(model: Any, adapter: Adapter) -> None:
+    """Give the model the random head that the adapter masks, if it is one of those (`head="masked"`)."""
+    if adapter.config.get("head") == "masked":
+        config = MaskConfig.from_pretrained(str(adapter.folder))
+        resolve_targets(model, config)
+        draw_head(model, config.head_names, config.head_seed)
 
 
 def _quantization(kind: str) -> Any:

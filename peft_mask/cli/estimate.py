@@ -151,7 +151,7 @@ def _model(options: argparse.Namespace, shape: Any) -> Any:
             f"{', '.join(_TASKS)}."
         ) from error
     if options.nf4:
-        quantize_shapes(model, model.base_model)
+        quantize_shapes(model.base_model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     if not options.no_checkpointing:

@@ -42,12 +42,11 @@ def longest(room: float, needs: Callable[[int], int], most: int) -> int:
     return int(min(max(tokens, 0), most)) // SHORTEST * SHORTEST
 
 
-def quantize_shapes(model: nn.Module, backbone: nn.Module) -> None:
+def quantize_shapes(backbone: nn.Module) -> None:
     """Put layers of bitsandbytes in NF4 in the place of a backbone's linear layers, in place; none of them has weights.
 
     Args:
-        model: the whole model, on the meta device.
-        backbone: the part of it whose linear layers are in 4 bits, as transformers leaves the output head out.
+        backbone: what is quantized, on the meta device; transformers leaves the output head out.
 
     Raises:
         ImportError: bitsandbytes is not installed.

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_mask import MaskConfig, training_memory
 from peft_mask.cli.estimate import gibibytes
-from peft_mask.training.cards import longest, usable
+from peft_mask.training.cards import usable
 from tests.versions import RUNS_ON_META
 
 pytestmark = pytest.mark.skipif(not RUNS_ON_META, reason="this transformers' Llama does not run without weights")
@@ -70,9 +70,3 @@ def test_sizes_of_cards_are_as_they_are_sold(text, size):
     assert gibibytes(text) == size
     with pytest.raises(argparse.ArgumentTypeError, match="such as 24GB"):
         gibibytes(f"{text}x")
-
-
-def test_the_longest_row_of_memory_that_does_not_grow_in_step_is_refused():
-    with pytest.raises(ValueError, match="does not grow in step with its tokens"):
-        longest(1e12, lambda tokens: tokens**2 * 1000, 4096)
-    assert longest(100, lambda tokens: 101, 64) == 0

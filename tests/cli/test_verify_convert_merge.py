@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_mask import Masks
+from peft_mask import MaskConfig, Masks
 from tests.cli.test_main import copied
 from tests.server.places import TEXTS
 
@@ -113,6 +113,17 @@ def test_what_needs_its_base_is_not_converted_without_it_or_with_another(place, 
     message = refused("convert", place.adapters / "thin", "--against", "x", "--base", "y", "--out", tmp_path / "no")
     assert "--against names the base already" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_random_head_that_is_masked_is_drawn_as_the_adapter_says(place, run, tmp_path):
+    model = get_peft_model(place.load(4), MaskConfig.paper(task_type="SEQ_CLS", seed=0, head_seed=7))
+    model.save_pretrained(tmp_path / "paper")
+    assert run("verify", tmp_path / "paper", "--base", place.base).code == 0
+    assert run("convert", tmp_path / "paper", "--against", place.base, "--out", tmp_path / "small").code == 0
+    assert Masks.load(tmp_path / "small", model.unload()) == Masks.load(tmp_path / "paper")
+    assert run("merge", tmp_path / "small", "--base", place.base, "--out", tmp_path / "merged").code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").classifier.weight
+    assert torch.equal(merged == 0, ~Masks.load(tmp_path / "paper")["classifier"])
 
 
 # ---- merge ----
