@@ -15,8 +15,8 @@ _INK, _LINE, _SERIES = "#010101", "#020202", [f"#03010{place}" for place in rang
 _VARIABLES = {_INK: "--ink", _LINE: "--line"} | {color: f"--s{place}" for place, color in enumerate(_SERIES)}
 _SVG = "{http://www.w3.org/2000/svg}"
 _DRAWN = {"svg", "g", "path", "rect", "line", "text", "title", "circle", "defs", "clipPath", "linearGradient", "stop"}
+_POINTED_AT = ("rect mark", "point", "bar")  # what stands for a row; a line stands for many
 _BARE = {"labels": False, "ticks": False}  # an axis of which the title says enough
-_LABEL = 28  # characters of a name along an axis
 
 
 def svg(spec: Mapping[str, Any], name: str, title: str) -> str:
@@ -41,21 +41,22 @@ def svg(spec: Mapping[str, Any], name: str, title: str) -> str:
     return _embedded(drawn, name, title)
 
 
-def heat(rows: Rows, *, x: str, y: str, value: str, percent: bool = True, step: int = 24) -> dict[str, Any]:
+def heat(rows: Rows, *, x: str, y: str, value: str, step: int = 24, most: float | None = None) -> dict[str, Any]:
     """Return a chart of cells.
 
     Args:
         rows: with a column for each of the following, and `said`, what a cell says when it is pointed at.
         x: name of the column along the axis.
         y: of that down the side.
-        value: of that which colors.
-        percent: whether the value is a share.
+        value: of that which colors, a share.
         step: pixels of a cell.
+        most: the value of the last color; by default the largest.
     """
-    most, angle = max((row[value] for row in rows), default=0), 0 if step < 40 else -30
-    shown = ".2%" if percent and most < 0.1 else ".0%" if percent else ".2~f"
+    angle = 0 if step < 40 else -30
+    most = max((row[value] for row in rows), default=0.0) if most is None else most
+    shown = ".2%" if most < 0.1 else ".0%"
     return {
-        "data": {"values": [_cut(row) for row in rows]},
+        "data": {"values": [_plain(row) for row in rows]},
         "width": {"step": step},
         "height": {"step": step},
         "mark": {"type": "rect", "stroke": _LINE, "strokeWidth": 0.5},
@@ -101,7 +102,7 @@ def places(rows: Rows) -> dict[str, Any]:
     """Return a chart of matrices, one a `kind`, cells of `row` and `column` colored by `ratio`."""
     most = max((row["ratio"] for row in rows), default=1.0)
     return {
-        "data": {"values": [_cut(row) for row in rows]},
+        "data": {"values": [_plain(row) for row in rows]},
         "columns": 3,
         "facet": {"field": "kind", "type": "nominal", "sort": None, "title": None},
         "resolve": {"axis": {"x": "independent", "y": "independent"}},
@@ -127,7 +128,7 @@ def places(rows: Rows) -> dict[str, Any]:
 def points(rows: Rows, *, y: str) -> dict[str, Any]:
     """Return a chart of points: `share` along the axis, `y` down the side, `of` by color."""
     return {
-        "data": {"values": [_cut(row) for row in rows]},
+        "data": {"values": [_plain(row) for row in rows]},
         "width": 420,
         "height": {"step": 48, "for": "position"},
         "mark": {"type": "point", "filled": True, "opacity": 0.75, "size": 46},
@@ -145,7 +146,7 @@ def points(rows: Rows, *, y: str) -> dict[str, Any]:
 def lines(rows: Rows, *, x: str, y: str, of: str | None = None, percent: bool = False) -> dict[str, Any]:
     """Return a chart of lines: `y` over `x`, a line each `of`."""
     chart: dict[str, Any] = {
-        "data": {"values": [_cut(row) for row in rows]},
+        "data": {"values": [_plain(row) for row in rows]},
         "width": 420,
         "height": 200,
         "mark": {"type": "line", "point": {"size": 22}, "strokeWidth": 2},
@@ -163,6 +164,7 @@ def lines(rows: Rows, *, x: str, y: str, of: str | None = None, percent: bool = 
         },
     }
     if of is not None:
+        chart["encoding"]["color"]["legend"] = {"orient": "bottom", "columns": 1}  # beside it, pairs would find no room
         chart["encoding"]["shape"] = {"field": of, "type": "nominal", "sort": None, "legend": None}
     return chart
 
@@ -171,7 +173,7 @@ def bars(rows: Rows, *, x: str, y: str, of: str | None = None) -> dict[str, Any]
     """Return a chart of bars across: `x` long, one each `y`, beside one another by `of`."""
     beside = {} if of is None else {"yOffset": {"field": of, "type": "nominal", "sort": None}}
     return {
-        "data": {"values": [_cut(row) for row in rows]},
+        "data": {"values": [_plain(row) for row in rows]},
         "width": 420,
         "height": {"step": 26 if of is None else 34, "for": "position"},
         "mark": {"type": "bar"},
@@ -189,14 +191,9 @@ def _colored(field: str) -> dict[str, Any]:
     return {"field": field, "type": "nominal", "sort": None, "title": None, "scale": {"range": _SERIES}}
 
 
-def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose names are printable, and short enough for an axis; `said` keeps them whole."""
-    return {key: _short(value) if isinstance(value, str) and key != "said" else value for key, value in row.items()}
-
-
-def _short(text: str) -> str:
-    text = plain(text)
-    return text if len(text) <= _LABEL else f"…{text[1 - _LABEL :]}"
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose texts are printable. None is cut: two that begin alike would become one; axes and legends cut."""
+    return {key: plain(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _embedded(drawn: str, name: str, title: str) -> str:
@@ -210,7 +207,7 @@ def _embedded(drawn: str, name: str, title: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         label = element.attrib.pop("aria-label", None)
-        if label and element.get("aria-roledescription", "").endswith(" mark"):
+        if label and element.get("aria-roledescription") in _POINTED_AT:
             ET.SubElement(element, f"{_SVG}title").text = label
         for attribute, value in [*element.attrib.items()]:
             if attribute.startswith(("on", "aria", "role")) or "href" in attribute:
@@ -230,7 +227,7 @@ _CONFIG: dict[str, Any] = {
     "font": "Arial, Liberation Sans, sans-serif",  # as wide where it is shown as where it was measured
     "padding": {"left": 12, "right": 12, "top": 5, "bottom": 5},
     "axis": {**_TEXT, "gridColor": _LINE, "domainColor": _LINE, "tickColor": _LINE, "labelLimit": 240},
-    "legend": {**_TEXT, "labelLimit": 300, "gradientStrokeColor": _LINE},
+    "legend": {**_TEXT, "labelLimit": 420, "gradientStrokeColor": _LINE},
     "header": {**_TEXT, "labelLimit": 200},
     "text": {"color": _INK},
     "view": {"stroke": "transparent"},

@@ -42,16 +42,21 @@ def facts_of(adapters: Adapters) -> Table:
 def sparsity(adapters: Adapters) -> Section:
     """Return how much is off, by layer and kind of matrix."""
     figures = []
+    cells = {
+        name: grouped(adapter.masks, lambda mask: f"{layer_of(mask.name)}\n{kind_of(mask.name)}", "cell")
+        for name, adapter in adapters.items()
+    }
+    most = max((cell["sparsity"] for own in cells.values() for cell in own), default=0.0)
     for place, (name, adapter) in enumerate(adapters.items()):
         rows = []
-        for group in grouped(adapter.masks, lambda mask: f"{layer_of(mask.name)}\n{kind_of(mask.name)}", "cell"):
+        for group in cells[name]:
             layer, _, kind = group["cell"].partition("\n")
             share = group["sparsity"]
             said = plain(f"layer {layer}, {kind}: {percent(share)} of {group['weights']:,} weights off")
             rows.append({"layer": layer, "kind": kind, "off": share, "said": said})
         layers = sorted({row["layer"] for row in rows}, key=lambda each: (each == "-", each.zfill(9)))
         rows.sort(key=lambda row: layers.index(row["layer"]))
-        chart = charts.heat(rows, x="layer", y="kind", value="off")
+        chart = charts.heat(rows, x="layer", y="kind", value="off", most=most)
         table = Table(
             "Share of the weights that are off", ("matrix", "layer", "off", "of weights", "bytes"), _matrices(adapter)
         )

@@ -7,11 +7,10 @@ import sys
 from itertools import pairwise
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from peft_mask import Masks
-from peft_mask.cli import charts, figures
+from peft_mask.cli import charts
 from peft_mask.cli.page import card_html
 from tests.cli.test_main import copied
 from tests.server.browser import CHROMIUM, parse, shown
@@ -119,6 +118,16 @@ def test_who_cannot_see_or_point_gets_the_same(written):
     assert len(ids) == len(set(ids))
     links = [each.attributes["href"] for each in document.all("a") if each.attributes["href"].startswith("#")]
     assert {link[1:] for link in links} <= set(ids)
+
+
+def test_every_mark_says_what_it_stands_for(written):
+    said = {each.attributes["aria-label"]: [t.text for t in each.all("title")] for each in written[1].all("svg")}
+    (bars,) = [texts for label, texts in said.items() if label == "Bytes of each part of the file"]
+    assert "thin, trained beside: 264 bytes" in bars, bars
+    (curve,) = [texts for label, texts in said.items() if label.startswith("loss over")]
+    assert curve == ["thin, step 5: 0.75", "thin, step 10: 0.5", "thin, step 15: 0.25"]
+    (crowded,) = [texts for label, texts in said.items() if label == "How zeros crowd in rows and columns of thin"]
+    assert len(crowded) == 4 * 13
 
 
 def test_colors_are_the_pages_own_by_day_and_by_night(written):
@@ -242,67 +251,6 @@ def test_it_is_light_by_day_dark_by_night_and_no_wider_than_a_phone(width, night
     assert right == (low, high), "nothing reaches over the right edge"
 
 
-# ---- numbers ----
-
-
-def test_zeros_are_counted_where_they_lie():
-    mask = torch.ones(32, 32, dtype=torch.bool)
-    mask[:2, :2] = False
-    rows = figures.positions(Masks({"layers.0.x": mask, "layers.1.x": mask}))
-    assert len(rows) == figures.BINS**2
-    off = [row for row in rows if row["ratio"]]
-    assert off == [{"kind": "x", "row": 0, "column": 0, "ratio": pytest.approx(256.0)}]
-
-
-def test_even_masks_have_a_ratio_of_one_everywhere_whatever_their_shape():
-    masks = Masks({"a": torch.zeros(35, 50, dtype=torch.bool), "b": torch.ones(3, dtype=torch.bool)})
-    assert {row["ratio"] for row in figures.positions(masks)} == {1.0}
-
-
-def test_a_full_row_is_crowded_and_a_random_one_is_not():
-    mask = torch.ones(100, 50, dtype=torch.bool)
-    mask[7] = False
-    (row,) = figures.crowding(Masks({"x": mask}))
-    assert row["rows"] == 1.0
-    assert row["columns"] == pytest.approx(0.1)
-    assert row["rows_at_random"] < 0.7
-
-
-def test_zeros_are_in_the_class_of_their_magnitude():
-    weight = torch.arange(1000).float().view(10, 100)
-    base = torch.nn.Sequential(torch.nn.Linear(100, 10))
-    base[0].weight.data = weight
-    mask = torch.ones(1000, dtype=torch.bool)
-    mask[[0, 499, 500, 999]] = False
-    rows = figures.magnitudes(Masks({"0": mask.view(10, 100)}), base)
-    assert {row["weights"]: row["share"] for row in rows if row["share"]} == {
-        "0-50 %": 0.5,
-        "50-80 %": 0.25,
-        "99.9-100 %": 0.25,
-    }
-
-
-def test_a_log_gives_the_curves_that_can_be_drawn(place, tmp_path):
-    from peft_mask.cli.adapter import read_adapter
-
-    made = copied(place.adapters / "a", tmp_path / "a")
-    assert figures.curves(read_adapter(str(made))) == {}
-    (made / "checkpoint-20").mkdir()
-    (made / "checkpoint-20" / "trainer_state.json").write_text(json.dumps(STATE))
-    found = figures.curves(read_adapter(str(made)))
-    assert found["loss"] == [(5, 0.75), (10, 0.5), (15, 0.25)]
-    assert next(iter(found)) == "loss"
-    assert "eval_accuracy" not in found, "one point is no curve"
-    (made / "checkpoint-100").mkdir()
-    (made / "checkpoint-100" / "trainer_state.json").write_text("[")
-    assert figures.curves(read_adapter(str(made))) == {}
-    long = {"log_history": [{"step": step, "loss": 1.0} for step in range(5001)]}
-    (made / "trainer_state.json").write_text(json.dumps(long))
-    points = figures.curves(read_adapter(str(made)))["loss"]
-    assert len(points) <= 402
-    assert points[-1] == (5000, 1.0)
-
-
 # ---- refusals ----
 
 
@@ -327,6 +275,18 @@ def test_adapters_of_one_name_are_told_apart_by_what_they_lie_in(place, run, tmp
         copied(place.adapters / "a", tmp_path / seed / "trec")
     said = run("report", tmp_path / "one" / "trec", tmp_path / "two" / "trec", "--out", tmp_path / "r.html", "--json")
     assert list(said.data["adapters"]) == ["one/trec", "two/trec"]
+
+
+def test_names_that_begin_or_end_alike_stay_apart(place, run, tmp_path):
+    long = "a name so long that no axis has room for all of it, number"
+    folders = [copied(place.adapters / name, tmp_path / f"{long} {name}") for name in ("a", "b", "c")]
+    assert run("report", *folders, "--out", tmp_path / "r.html").code == 0
+    document = parse((tmp_path / "r.html").read_text("utf-8"))
+    (chart,) = [each for each in document.all("svg") if "layer by layer" in each.attributes["aria-label"]]
+    said = {each.text for each in chart.all("title")}
+    assert len(said) == 3 * 2, "three pairs in two layers, each with a point of its own"
+    lines = [each for each in chart.all("path") if each.attributes.get("stroke", "").startswith("var(--s")]
+    assert len({each.attributes["stroke"] for each in lines}) == 3
 
 
 @pytest.mark.parametrize("package", ["vl_convert", "jinja2", "markdown_it"])
