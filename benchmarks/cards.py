@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness import report, table
 from benchmarks.memory import LLAMA_1B, MASKS
 from peft_mask import MaskConfig, TrainingMemory, training_memory
+from peft_mask.training.cards import SHORTEST, quantize_shapes, usable
+from peft_mask.training.cards import longest as longest_row
 from peft_mask.training.memory import model_bytes, saved_sizes
 
 # as in Llama 3.2 and 3.1
@@ -39,14 +41,9 @@ LLAMAS: dict[str, dict[str, Any]] = {
 }
 BASES = ("bfloat16", "nf4")
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GiB
-CONTEXT, SHORTEST = 128 * 1024, 256  # tokens: what these models are made for, and the least worth a column
+CONTEXT = 128 * 1024  # tokens: what these models are made for
 MASKED = [name for name, (fields, optimizer) in MASKS.items() if "candidates" not in fields and optimizer != "adamw"]
 VARIANTS = (*MASKED, "LoRA r=8", "full fine-tuning")
-
-
-def usable(card: int) -> float:
-    """Bytes of a card that tensors may take: without CUDA's context and libraries, and what is lost between blocks."""
-    return 0.95 * card * 2**30 - 2**30
 
 
 def llama(shape: dict[str, Any], base: str) -> nn.Module:
@@ -54,13 +51,7 @@ def llama(shape: dict[str, Any], base: str) -> nn.Module:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16)
     if base == "nf4":
-        import bitsandbytes as bnb
-
-        for name, module in list(model.model.named_modules()):
-            if isinstance(module, nn.Linear):
-                size = module.in_features, module.out_features
-                layer = bnb.nn.Linear4bit(*size, False, torch.bfloat16, quant_type="nf4", device="meta")
-                model.model.set_submodule(name, layer)
+        quantize_shapes(model.model)
     model.config.use_cache = False
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -107,11 +98,7 @@ def estimate(shape: dict[str, Any], base: str, variant: str, tokens: int) -> Tra
 
 
 def longest(room: float, needs: Callable[[int], int]) -> int:
-    """The longest row that fits, in steps of `SHORTEST`, and 0 if none does; each token takes as much as any other."""
-    a_token = (needs(CONTEXT) - needs(SHORTEST)) / (CONTEXT - SHORTEST)
-    assert abs(needs(CONTEXT // 8) - needs(SHORTEST) - a_token * (CONTEXT // 8 - SHORTEST)) < 2**20
-    tokens = SHORTEST + (room - needs(SHORTEST)) / a_token
-    return int(min(max(tokens, 0), CONTEXT)) // SHORTEST * SHORTEST
+    return longest_row(room, needs, CONTEXT)
 
 
 def written(tokens: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as _FILE
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -23,7 +19,7 @@ from peft_mask.analysis.similarity import block, dissimilarity, each, iou, movem
 from peft_mask.analysis.storage import paper_config, storage
 from peft_mask.analysis.tables import markdown
 from peft_mask.format.masks import Masks
-from peft_mask.model.names import BITS, FOR_TRAINING
+from peft_mask.model.carried import carry
 from peft_mask.settings.config import MaskConfig
 from peft_mask.settings.options import DEFAULT_SPARSITY
 
@@ -89,7 +85,7 @@ def _control(options: argparse.Namespace) -> str:
     else:
         made = magnitude_masks(masks, _base(options.base, masks), options.kind == "largest")
     made.save(options.output)
-    _add_head(options.adapter, options.output)
+    carry(options.adapter, options.output)
     return f"{options.output}: {made}"
 
 
@@ -98,17 +94,6 @@ def _base(name: str, masks: Masks) -> nn.Module:
     backbone: nn.Module = AutoModel.from_pretrained(name)
     first = next(iter(masks)).partition(".")[0]
     return backbone if hasattr(backbone, first) else nn.ModuleDict({first: backbone})
-
-
-def _add_head(adapter: Path, output: Path) -> None:
-    """Copy what was trained beside the masks, which `Masks` leaves out: a control has the same head."""
-    beside = {name: tensor for name, tensor in load_file(adapter / _FILE).items() if not name.endswith(BITS)}
-    beside = {name: tensor for name, tensor in beside.items() if not name.endswith(FOR_TRAINING)}
-    if beside:
-        save_file({**load_file(output / _FILE), **beside}, output / _FILE, metadata={"format": "pt"})
-        learned, made = (json.loads((folder / CONFIG_NAME).read_text("utf-8")) for folder in (adapter, output))
-        made |= {field: learned.get(field) for field in ("task_type", "modules_to_save")}
-        (output / CONFIG_NAME).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _step(path: Path) -> int:

@@ -141,13 +141,16 @@ def _read(name: str, data: Tensor, file: Path, weight: Tensor | None) -> PackedM
     return PackedMask(record.bits, record.shape, record.fingerprint)
 
 
-def read_headers(file: Path) -> list[tuple[Header, int]]:
-    """Read what a file says of its masks without the masks, which may be coded against a base: headers, record sizes.
+def read_headers(file: Path) -> dict[str, tuple[Header, int]]:
+    """Read what a file says of its masks without the masks, which may be coded against a base.
+
+    Returns:
+        By module name, the header of the mask and the bytes of its record.
 
     Raises:
         ValueError: the file is damaged, or has no masks. The message names it.
     """
-    return [(_header(name, data, file), len(data)) for name, data in _records(file).items()]
+    return {name: (_header(name, data, file), len(data)) for name, data in _records(file).items()}
 
 
 def _header(name: str, data: Tensor, file: Path) -> Header:

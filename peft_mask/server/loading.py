@@ -61,7 +61,7 @@ def load_batcher(settings: ServerSettings) -> Batcher:
     pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
     pattern.inference_mode, pattern.base_model_name_or_path = True, None  # it may have another name here
     try:
-        with _quietly():
+        with quietly():
             base = _load_base(settings, task, [shapes for _, shapes in found])
         tokenizer = AutoTokenizer.from_pretrained(settings.base)
     except OSError as error:
@@ -132,7 +132,7 @@ def _task_of(adapters: Sequence[tuple[MaskConfig, Shapes]], settings: ServerSett
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Let transformers not advise to train the head, which each adapter brings."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -145,17 +145,24 @@ def _quietly() -> Iterator[None]:
 
 def _load_base(settings: ServerSettings, task: type[Task], files: Sequence[Shapes]) -> Any:
     config = AutoConfig.from_pretrained(settings.base)
-    labels = settings.num_labels or (_widest(task, config, files) if task in (Classification, Tagging) else 0)
+    has_labels = task in (Classification, Tagging)
+    labels = settings.num_labels or (widest_head(_AUTO[task], config, files) if has_labels else 0)
     # a head that the base brings along may have another number of labels: each adapter has its own
     wanted = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels and labels != config.num_labels else {}
     return _AUTO[task].from_pretrained(settings.base, dtype=settings.dtype, **wanted).to(settings.device)
 
 
-def _widest(task: type[Task], config: Any, files: Sequence[Shapes]) -> int:
-    """Return the largest number of labels of some heads; 0 if they have none of their own."""
+def widest_head(auto: Any, config: Any, files: Sequence[Shapes]) -> int:
+    """Return the largest number of labels of some adapters' heads; 0 if they have none of their own.
+
+    Args:
+        auto: transformers' class for the task, such as `AutoModelForSequenceClassification`.
+        config: of the base model.
+        files: of each adapter, the shapes of its tensors by name in the base model.
+    """
     with torch.device("meta"):
         shapes = [
-            {name: tuple(own.shape) for name, own in _AUTO[task].from_config(_with(config, labels)).named_parameters()}
+            {name: tuple(own.shape) for name, own in auto.from_config(_with(config, labels)).named_parameters()}
             for labels in (3, 5)
         ]
     outputs = {name for name, shape in shapes[0].items() if shape != shapes[1][name]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peft_mask.serving.errors import AdapterRefusedError, UnknownAdapterError
@@ -104,8 +104,18 @@ def _of_call(source: Callable[[str], str | os.PathLike[str]], name: str) -> Path
     return fetched(name, place)
 
 
-def fetched(name: str, place: str | os.PathLike[str]) -> Path:
+def is_hub_id(place: str) -> bool:
+    """Whether a text can be an id on the Hub, with its `@revision` or without."""
+    return _HUB.fullmatch(place) is not None
+
+
+def fetched(name: str, place: str | os.PathLike[str], files: Sequence[str] = FILES) -> Path:
     """Return the folder of an adapter, downloaded if its place is an id on the Hub.
+
+    Args:
+        name: of the adapter, for messages.
+        place: a folder, or an id on the Hub with its `@revision` or without.
+        files: names or patterns of what is downloaded.
 
     Raises:
         AdapterRefusedError: it is neither a folder nor such an id, or cannot be downloaded.
@@ -119,6 +129,6 @@ def fetched(name: str, place: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # only where it is needed
 
     try:
-        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(FILES)))
+        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(files)))
     except Exception as error:
         raise AdapterRefusedError(name, f"'{place}' cannot be downloaded ({error}).") from error

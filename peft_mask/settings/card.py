@@ -68,7 +68,7 @@ def update_model_card(folder: str | os.PathLike[str], results: Iterable[EvalResu
         >>> update_model_card("adapter", [accuracy])
     """
     folder = Path(folder)
-    headers = read_headers(folder / _WEIGHTS_FILE)
+    headers = [*read_headers(folder / _WEIGHTS_FILE).values()]
     config = read_config(folder / _CONFIG_FILE)
     card = _load(folder / _CARD_FILE)
     _fill_metadata(cast(ModelCardData, card.data), config, folder, list(results or []))

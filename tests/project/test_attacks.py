@@ -39,7 +39,7 @@ def test_names_of_cases_are_distinct():
 def test_the_good_adapters_are_of_every_codec(tmp_path):
     for number, codec in enumerate(CODECS):
         folder = save_adapter(tmp_path / codec, codec, seed=1)
-        (header,) = {header.codec for header, _ in read_headers(folder / "adapter_model.safetensors")}
+        (header,) = {header.codec for header, _ in read_headers(folder / "adapter_model.safetensors").values()}
         assert header == {"bits": 0, "gaps": 1, "ranks": 2}[codec], number
     masks = Masks.load(tmp_path / "bits")
     assert masks[QUERY].shape[1] % 8 == 0 != masks[PADDED].shape[1] % 8

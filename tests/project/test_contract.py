@@ -114,6 +114,7 @@ HOOKS = [
     Hook("peft.utils.error:NoMatchingPeftModuleError", "what PEFT raises where nothing is adapted; ours says why"),
     Hook("peft.config:PeftConfigMixin.from_peft_type", "knows a later file by it", says="got an unexpected keyword"),
     Hook("peft.utils.constants:EMBEDDING_LAYER_NAMES", "which embeddings PEFT would save whole beside their masks"),
+    Hook("transformers.utils.hub:cached_file", "whether a base has a tokenizer", ("path_or_repo_id", "filename")),
     Hook("transformers.pytorch_utils:Conv1D", "GPT-2's linear layer, whose weight is transposed"),
     # layers
     Hook(LAYER + "adapter_layer_names", "where PEFT finds scores, to freeze and to train", ours=MASK_LAYER),

@@ -1,0 +1,1 @@
+"""`peft-mask`: commands for adapters on disk. Each reads what it is given, calls the rooms below, and prints."""
