@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cards, codec, decoder, long, memory, rules, step, switch
+from benchmarks import cards, codec, decoder, grpo, long, memory, rules, step, switch
 from benchmarks.accuracy.report import write_report
 from benchmarks.harness import RESULTS
 from benchmarks.zeros import report as zeros
@@ -35,6 +35,7 @@ def write_reports(accuracy: Path, results: Path) -> None:
     long.write_page_of(results / "long")
     rules.write_page_of(results / "rules")
     zeros.write_page_of(results / "zeros")
+    grpo.write_page_of(results / "grpo")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class Arm:
     completions: int = 16
 
 
-def mask(sparsity: str, *more: str) -> tuple[str, ...]:
-    return ("--method", "mask", "--target_sparsity", sparsity, *more)
+def mask(sparsity: str, *more: str, candidates: str = "magnitude") -> tuple[str, ...]:
+    return ("--method", "mask", "--target_sparsity", sparsity, "--candidate_rule", candidates, *more)
 
 
 def lora(rate: str) -> tuple[str, ...]:
@@ -69,11 +69,14 @@ ARMS = {
     "mask-0.0002": Arm("mask, 0.02 %", mask("0.0002")),
     "mask-0.0001": Arm("mask, 0.01 %", mask("0.0001")),
     "mask-0.00005": Arm("mask, 0.005 %", mask("0.00005")),
-    "mask-0.0001-random": Arm("mask, 0.01 %, random candidates", mask("0.0001", "--candidate_rule", "random")),
+    "mask-0.0001-random": Arm("mask, 0.01 %, random candidates", mask("0.0001", candidates="random")),
     "mask-0.0001-off-principal": Arm(
-        "mask, 0.01 %, off-principal candidates", mask("0.0001", "--candidate_rule", "off-principal")
+        "mask, 0.01 %, off-principal candidates", mask("0.0001", candidates="off-principal")
     ),
-    "mask-0.0005-random": Arm("mask, 0.05 %, random candidates", mask("0.0005", "--candidate_rule", "random")),
+    "mask-0.0005-random": Arm("mask, 0.05 %, random candidates", mask("0.0005", candidates="random")),
+    "mask-0.0005-off-principal": Arm(
+        "mask, 0.05 %, off-principal candidates", mask("0.0005", candidates="off-principal")
+    ),
     "mask-0.0001-half": Arm("mask, 0.01 %, spent after half the steps", mask("0.0001", "--schedule_end", "0.5")),
     "mask-0.0005-beta": Arm("mask, 0.05 %, beta 0.04", mask("0.0005", "--beta", "0.04")),
     "mask-0.0005-64": Arm("mask, 0.05 %", mask("0.0005"), completions=64),
@@ -143,7 +146,7 @@ def write_page_of(folder: Path) -> None:
     if not rows:
         return
     header = ["method", "completions", "seeds", *(f"reward, {a + 1}-{b}" for a, b in WINDOWS)]
-    header += ["right before, %", "right after, %", "bytes"]
+    header += ["right before, %", "after, %", "bytes"]
     lines = [_line(arm, own) for name, arm in ARMS.items() if (own := [row for row in rows if row["arm"] == name])]
     where = together([row["environment"] for row in rows])
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())

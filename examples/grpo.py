@@ -38,7 +38,8 @@ from examples.rewards import correct, share_right
 from examples.script import OptimizerTrainer, pretrained, set_device_defaults, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
 
-SPARSITY = 0.001  # early votes are noisy, and a model that is never right any more gets no gradient to recover by
+SPARSITY = 0.0001  # votes are noisy: with five times as many a small model was never right any more (docs/grpo.md)
+CANDIDATES = "off-principal"
 DTYPES = {"mask": "bfloat16", "lora": "bfloat16", "full": "float32"}  # in bfloat16 steps are too small for a weight
 LEARNING_RATES = {"mask": MASK_LR, "lora": 2e-4, "full": 1e-5}
 LARGEST, SUMS, SUM_LENGTH = 20, 100, 16  # of the sums, where nothing else is said
@@ -71,14 +72,14 @@ class ScriptArguments:
         metadata={"help": "Which layers a mask or LoRA is for, or gate-projections; by default all linear ones."},
     )
     target_sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of weights to switch off, by default 0.001."}
+        default=None, metadata={"help": "Fraction of weights to switch off, by default 0.0001."}
     )
     target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
     schedule_end: float | None = field(
         default=None, metadata={"help": "Fraction of the steps in which the mask grows to that, by default 1.0."}
     )
     candidate_rule: Literal["magnitude", "random", "off-principal"] | None = field(
-        default=None, metadata={"help": "Which weights of a mask have a score; by default the largest."}
+        default=None, metadata={"help": "Which weights of a mask have a score, by default off-principal."}
     )
 
 
@@ -215,7 +216,7 @@ def trainer_of(
         callbacks=[MaskCallback(SparsitySchedule("linear", end=end))],
         **settled,
     )
-    if arguments.candidate_rule == "off-principal":
+    if (arguments.candidate_rule or CANDIDATES) == "off-principal":
         choose_off_principal(trainer.model)
     merge_to_generate(trainer.model)
     return trainer
