@@ -31,7 +31,6 @@ from trl import GRPOConfig, GRPOTrainer
 from examples import launched
 from examples.answers import check_whole, greedy_answers, inference
 from examples.arithmetic import sums
-from examples.candidates import choose_off_principal
 from examples.card import command_of, write_card
 from examples.problems import hold_out, load_problems, take
 from examples.rewards import correct, share_right
@@ -103,7 +102,7 @@ def adapter_of(arguments: ScriptArguments) -> PeftConfig | None:
             target_modules=targets,
             target_sparsity=SPARSITY if sparsity is None and arguments.target_bytes is None else sparsity,
             target_bytes=arguments.target_bytes,
-            candidate_rule="random" if arguments.candidate_rule == "random" else "magnitude",
+            candidate_rule=arguments.candidate_rule or CANDIDATES,
         )
     if arguments.method == "lora":
         if targets == "gate-projections":
@@ -216,8 +215,6 @@ def trainer_of(
         callbacks=[MaskCallback(SparsitySchedule("linear", end=end))],
         **settled,
     )
-    if (arguments.candidate_rule or CANDIDATES) == "off-principal":
-        choose_off_principal(trainer.model)
     merge_to_generate(trainer.model)
     return trainer
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from examples.candidates import low_rank, off_principal
 from peft_mask import MaskLayer
+from peft_mask.scores.principal import off_principal, principal
 
 Run = Callable[[Any], Any]
 Rule = Callable[[MaskLayer, int, Tensor], Tensor]  # of a layer, how many, and the norms of its inputs: positions
@@ -75,12 +75,17 @@ def by_activation(layer: MaskLayer, count: int, norms: Tensor, sign: int = 1) ->
 
 def by_low_rank(layer: MaskLayer, count: int, norms: Tensor) -> Tensor:
     """Take the largest of an approximation of rank `RANK`, LIFT's order (arXiv 2506.00772)."""
-    return low_rank(layer.unmerged_weight(), RANK).abs().flatten().topk(count).indices
+    return principal(layer.unmerged_weight(), count, RANK)
+
+
+def off_low_rank(layer: MaskLayer, count: int, norms: Tensor) -> Tensor:
+    """Take the largest but for those, as `candidate_rule="off-principal"` does at half the rank."""
+    return off_principal(layer.unmerged_weight(), count, RANK).topk(count).indices
 
 
 RULES: dict[str, Rule] = {
     "activation": by_activation,
     "activation, smallest": partial(by_activation, sign=-1),
     "low rank": by_low_rank,
-    "off the low rank": lambda layer, count, norms: off_principal(layer.unmerged_weight(), count, RANK),
+    "off the low rank": off_low_rank,
 }

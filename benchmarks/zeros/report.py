@@ -63,19 +63,27 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _order(row: Row) -> tuple[object, ...]:
-    what = (row["modules"], row["sparsity"], row["among"], row["candidates"] != "magnitude", row["candidates"])
+    what = (
+        row["modules"],
+        row["sparsity"],
+        row["among"],
+        row["candidates"] != "magnitude",
+        row["candidates"],
+        row["protected"],
+    )
     return (METHODS.index(row["method"]), row["rate"], *what, row["seed"])
 
 
 def _line(group: Sequence[Row]) -> tuple[str, ...]:
     first = group[0]
+    protected = ", super weights kept" if first["protected"] else ""
     among = "" if first["among"] in (0.0, 0.1) else f", {100 * first['among']:g} %"
     has_answers = first["dev_exact"] is not None
     return (
         first["method"],
         first["modules"],
         f"{100 * first['sparsity']:g}" if first["sparsity"] else "",
-        first["candidates"] + among,
+        first["candidates"] + among + protected,
         f"{first['rate']:g}" if first["rate"] else "",
         f"{len(group)}",
         *(_mean([math.exp(row[split]) for row in group], 2) for split in ("dev", "test")),

@@ -13,6 +13,7 @@ import torch
 
 from peft_mask.format.packing import index_dtype
 from peft_mask.scores.order import lowest
+from peft_mask.scores.principal import off_principal
 from peft_mask.settings.config import MaskConfig
 
 
@@ -48,6 +49,8 @@ def choose_candidates(
         return torch.arange(count, dtype=index_dtype(weight.numel()))
     if config.candidate_rule == "random":
         preference = torch.rand(weight.numel(), generator=seeded(config, f"candidates/{name}")).to(weight.device)
+    elif config.candidate_rule == "off-principal":
+        preference = off_principal(weight, count)
     else:
         preference = weight.detach().reshape(-1).abs().nan_to_num_(0.0)
     return by_preference(preference, count, include)

@@ -83,7 +83,9 @@ class MaskConfig(PeftConfig):
         candidates: fraction of each matrix that has scores and may be switched off, or None: all of it. Scores, their
             gradient and optimizer state exist for candidates only. By default 0.1, and all where they must be: with
             another `structure` than `"weight"`, with `"n:m"`, and with a `target_sparsity` above 0.1.
-        candidate_rule: which weights are candidates: `"magnitude"`, the largest, or `"random"`. Others, chosen by data
+        candidate_rule: which weights are candidates: `"magnitude"`, the largest; `"off-principal"`, the largest of
+            those that are not among as many largest of the matrix's approximation of rank 32, for reinforcement
+            learning (docs/grpo.md) and language models (docs/language-models.md); or `"random"`. Others, chosen by data
             or by a rule of one's own, are set with `MaskModel.set_candidates`.
         init_weights: starting scores. `True`: every weight kept; with `"threshold"` and `"sign"`, large ones closer to
             the threshold; with `"n:m"`, the largest of each group kept. `False`: a random mask (for tests), which

@@ -16,7 +16,7 @@ from peft_mask.settings.fields import (
 )
 
 Binarizer = Literal["topk", "threshold", "sign", "bernoulli", "n:m"]
-CandidateRule = Literal["magnitude", "random"]
+CandidateRule = Literal["magnitude", "off-principal", "random"]
 ScoresDtype = Literal["float32", "bfloat16"]
 Structure = Literal["weight", "row", "column", "head", "matrix"]
 Head = Literal["trained", "masked"]

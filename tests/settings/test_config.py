@@ -44,7 +44,7 @@ BERNOULLI = {"binarizer": "bernoulli"}
         ({"gradient_tokens": "half"}, "gradient_tokens must be a finite number .*, got 'half'"),
         ({**PAPER, "gradient_tokens": 0.5}, "gradient_tokens=0.5 needs binarizer=.topk.*size counts.*Leave one"),
         ({**NM, "gradient_tokens": 0.5}, "gradient_tokens=0.5 needs binarizer=.topk"),
-        ({"candidate_rule": "largest"}, r"candidate_rule must be one of \['magnitude', 'random'\]"),
+        ({"candidate_rule": "largest"}, r"candidate_rule must be one of \['magnitude', 'off-principal', 'random'\]"),
         ({"scores_dtype": "int8"}, r"scores_dtype must be one of \['float32', 'bfloat16'\]"),
         ({"structure": "rows"}, r"structure must be one of \['weight', 'row', .*\], got 'rows'"),
         (

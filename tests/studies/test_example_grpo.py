@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from examples import grpo
 from examples.arithmetic import sums
-from examples.candidates import choose_off_principal, low_rank, off_principal
 from peft_mask import MaskConfig, MaskLayer, Masks
 from tests.tiny_models import tiny_model
 
@@ -84,9 +83,8 @@ def test_the_candidate_rule_decides_which_weights_may_go(chat_model, tmp_path, r
     run(chat_model, tmp_path, "--candidate_rule", rule)
     off = Masks.load(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.bfloat16)
-    model = get_peft_model(base, MaskConfig(task_type="CAUSAL_LM"))
-    if rule == "off-principal":
-        choose_off_principal(model)
+    rule_of_model = "magnitude" if rule == "random" else rule
+    model = get_peft_model(base, MaskConfig(task_type="CAUSAL_LM", candidate_rule=rule_of_model))
     layers = {name: each for name, each in model.get_base_model().named_modules() if isinstance(each, MaskLayer)}
     zeros = {name: (~off[name]).flatten().nonzero().squeeze(1) for name in layers}
     allowed = [torch.isin(zeros[name], layer.positions("default").long()).all() for name, layer in layers.items()]
@@ -238,24 +236,3 @@ def test_of_the_sums_none_is_both_learned_and_held_out():
 
 
 # ---- candidates ----
-
-
-def test_off_principal_candidates_are_the_largest_weights_outside_the_principal_ones():
-    weight = torch.randn(40, 30)
-    weight[:, :3] += 50  # what a low-rank approximation rests on
-    count = 120
-    chosen = off_principal(weight, count, rank=1)
-    principal = low_rank(weight, rank=1).abs().flatten().topk(count).indices
-    assert len(chosen.unique()) == count
-    assert not torch.isin(chosen, principal).any()
-    left = weight.abs().flatten().index_fill(0, torch.cat([chosen, principal]), 0.0)
-    assert left.max() <= weight.abs().flatten()[chosen].min()
-    assert not torch.isin(weight.abs().flatten().topk(count).indices, chosen).any()  # here all large ones are principal
-
-
-def test_a_low_rank_approximation_is_that_of_the_whole_decomposition_and_draws_nothing_of_torchs_generator():
-    weight = torch.randn(12, 3) @ torch.randn(3, 20)
-    state = torch.get_rng_state()
-    torch.testing.assert_close(low_rank(weight, rank=3), weight)
-    torch.testing.assert_close(low_rank(weight.view(12, 4, 5), rank=64).flatten(1), weight)
-    assert torch.equal(torch.get_rng_state(), state)
