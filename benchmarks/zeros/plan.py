@@ -84,7 +84,7 @@ def modules(data: str) -> Iterator[Plan]:
 def candidates(data: str) -> Iterator[Plan]:
     """Rules for which weights have scores, and super weights that are kept."""
     for name, sparsity in (("all", 0.002), ("gate", 0.008)):
-        for rule in ("activation", "random", "low rank", "off the low rank", "activation, smallest"):
+        for rule in ("off-principal", "activation", "random", "low rank", "off the low rank", "activation, smallest"):
             yield mask(data, name, sparsity, rule)
     yield mask(data, "all", 0.002, protected=True)
 

@@ -24,6 +24,7 @@ from benchmarks.zeros.data import IGNORED, Data, Rows
 from benchmarks.zeros.plan import MODULES, Plan
 from peft_mask import MaskConfig, MaskModel, SparsitySchedule, create_mask_optimizer, spend_budget, super_weights
 
+OWN_RULES = ("magnitude", "random", "off-principal")  # of `MaskConfig`
 BATCHES_TO_CHOOSE = 8  # whose activations choose candidates
 
 
@@ -98,11 +99,11 @@ def build(plan: Plan, setting: Setting, batches: list[Rows]) -> tuple[nn.Module,
             target_modules=None if targets is None else list(targets),
             target_sparsity=plan.sparsity,
             candidates=plan.among,
-            candidate_rule="random" if plan.candidates == "random" else "magnitude",
+            candidate_rule=plan.candidates if plan.candidates in OWN_RULES else "magnitude",
             seed=plan.seed,
         )
         model = get_peft_model(model, config)
-        if plan.candidates not in ("magnitude", "random"):
+        if plan.candidates not in OWN_RULES:
             set_candidates(model, plan.candidates, batches[:BATCHES_TO_CHOOSE], partial(logits_of, model))
         if plan.protected:
             cast(MaskModel, model.base_model).protect(super_weights(model, batches[:1], partial(loss_of, model)))
