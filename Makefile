@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo serve test test-slow triton peft-suite attacks audit lint format bench reports gpu vllm clean
+.PHONY: help demo serve test test-slow triton peft-suite attacks audit lint format docs bench reports gpu vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "[2/3] $(VENV): torch (the largest download)"
 	@$(PIP) torch
 	@echo "[3/3] $(VENV): peft-mask with its other dependencies"
-	@$(PIP) -e ".[dev,examples,neighbors,plots]"
+	@$(PIP) -e ".[dev,docs]"
 	@touch $@
 
 demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-tuning, switch between them
@@ -77,6 +77,9 @@ format: $(READY) ## mend what ruff can mend
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+docs: $(READY) ## the site, into site/; stops at a link, an anchor or a reference that leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 bench: $(READY) ## the benchmarks
 	$(RUN) -m benchmarks
 
@@ -110,4 +113,4 @@ vllm: $(VLLM_READY) ## masks inside vLLM: switched, mixed in one batch, over HTT
 	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm # vLLM warns, of sockets it leaves open and names it deprecates
 
 clean: ## remove the environments and the tools' caches
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis site

@@ -40,7 +40,7 @@ def initial_scores(
     - `init_weights=True` with `"threshold"` and `"sign"`: `init_margin * rms(weight) / |weight|`: every weight is kept,
       and a large weight starts closer to the threshold than a small one. Adam moves every score at about the same
       speed, whatever its gradient, so with equal margins it would switch off small weights as readily as large ones,
-      though they do little: the same accuracy would cost twice the bits (measured in docs/training.md).
+      though they do little: the same accuracy would cost twice the bits (measured in docs/how-masks-learn.md).
     - `init_weights=True` with `"n:m"`: `init_margin * |weight| / rms(weight)`: the largest of a group are kept.
     - `init_weights=True` with `"bernoulli"`: `logit(1 - init_sparsity)`, every weight kept with one probability.
     - `"uniform"`: `U(-a, s) - tau` with `a = 0.02` and `s = (a + tau) / p - a`, so that a fraction `p = init_sparsity`

@@ -11,7 +11,7 @@ from peft_mask.model.scored import trained_scores
 from peft_mask.training.sign_adamw import SignAdamW
 from peft_mask.training.spending import end_spending
 
-# Recommended learning rates; how they were found stands in docs/training.md.
+# Recommended learning rates; docs/how-masks-learn.md says why that of the scores hardly matters.
 HEAD_LR = 5e-3
 MASK_LR = 5e-4
 

@@ -2,12 +2,17 @@
 
 The Python blocks of one file run top to bottom in one namespace, in an empty directory. A block that cannot run here
 (it needs a GPU, the Hub, an hour) has `<!-- not run: reason -->` on the line before its fence, and must still compile.
+A block of text after `<!-- output -->` shows what the Python block before it prints. `<!-- output, numbers to 0.05 -->`
+lets numbers differ by five per cent, for what depends on the processor.
 """
 
+import contextlib
 import doctest
 import importlib
 import importlib.util
+import io
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -24,6 +29,8 @@ LANGUAGES = {"python", "bash", "text", "json", "bibtex"}
 
 _FENCE = re.compile(r"^ {0,3}(?P<marks>```+|~~~+)(?P<language>[^`]*)$")
 _NOT_RUN = re.compile(r"^ {0,3}<!-- not run: (?P<reason>\S.*?) -->$")
+_OUTPUT = re.compile(r"^ {0,3}<!-- output(?:, numbers to (?P<tolerance>0\.\d+))? -->$")
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|\.\d+")
 _LINK = re.compile(r"(?<!`)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
@@ -34,6 +41,7 @@ class Block:
     language: str
     source: str
     not_run: str | None  # the reason
+    printed: float | None = None  # by the Python block before: how far numbers may differ from these, relatively
 
     @property
     def where(self) -> str:
@@ -51,10 +59,12 @@ def blocks_of(path: Path) -> list[Block]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if opening is None:
             opening = _FENCE.match(line)
-            start, code, reason = number + 1, [], _NOT_RUN.match(previous)
+            start, code, reason, output = number + 1, [], _NOT_RUN.match(previous), _OUTPUT.match(previous)
         elif line.strip().startswith(opening["marks"]) and not line.strip(" `~"):
             source = "".join(f"{text}\n" for text in code)
-            blocks.append(Block(path, start, opening["language"].strip(), source, reason["reason"] if reason else None))
+            printed = float(output["tolerance"] or 0) if output else None
+            language = opening["language"].strip()
+            blocks.append(Block(path, start, language, source, reason["reason"] if reason else None, printed))
             opening = None
         else:
             code.append(line)
@@ -85,15 +95,44 @@ def test_the_readme_and_the_documents_have_blocks_that_run():
 def test_python_blocks_run_top_to_bottom(path, tmp_path, monkeypatch):
     if path.name == "transformers.md" and not (LOADS_BY_NAME and LOADS_HEADS and MANAGES_ADAPTERS):
         pytest.skip("this transformers does less, or warns")
-    if path.name == "training.md" and not RUNS_ON_META:
+    if path.name == "memory.md" and not RUNS_ON_META:
         pytest.skip("this transformers' Llama does not run without weights")
     monkeypatch.chdir(tmp_path)
+    run_blocks([block for block in BLOCKS if block.path == path])
+
+
+def run_blocks(blocks: list[Block]) -> None:
+    """Run the Python blocks in one namespace, and compare what they print with the blocks that show it."""
     namespace = {"__name__": "__main__"}
-    for block in _select("python"):
-        if block.path == path:
+    written = ""
+    for block in blocks:
+        if block.language == "python":
             code = block.compiled()
             if not block.not_run:
-                exec(code, namespace)
+                with contextlib.redirect_stdout(io.StringIO()) as stream:
+                    exec(code, namespace)
+                written = stream.getvalue()
+        elif block.printed is not None:
+            assert is_shown(written, block.source, block.printed), f"{block.where}: the block above prints\n{written}"
+
+
+def is_shown(written: str, shown: str, tolerance: float) -> bool:
+    """Whether two texts are the same, but for numbers that differ by so much of the shown one, and blanks."""
+    texts = [re.sub(r" +", " ", _NUMBER.sub("#", text)).strip() for text in (written, shown)]
+    numbers = [[float(number.replace(",", "")) for number in _NUMBER.findall(text)] for text in (written, shown)]
+    return texts[0] == texts[1] and all(
+        math.isclose(got, wanted, rel_tol=0, abs_tol=tolerance * wanted) for got, wanted in zip(*numbers, strict=True)
+    )
+
+
+def test_every_shown_output_follows_the_block_that_prints_it():
+    for path in DOCUMENTS:
+        blocks = [block for block in BLOCKS if block.path == path]
+        for before, block in zip([None, *blocks], blocks, strict=False):
+            if block.printed is not None:
+                assert block.language == "text", block.where
+                assert before is not None, block.where
+                assert (before.language, before.not_run) == ("python", None), block.where
 
 
 def test_json_blocks_parse():
@@ -170,6 +209,29 @@ def test_the_reader_of_documents_finds_blocks_their_lines_and_reasons(tmp_path):
         (7, "text", "```not a block\n", None),
         (11, "python", "x = 1\n\nassert x == 1\n", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("shown", "tolerance", "same"),
+    [
+        ("loss 1.00, 1,000 bytes\n", 0.0, True),
+        ("loss 1.04, 1,000 bytes", 0.05, True),
+        ("loss   1.00, 1,000 bytes", 0.0, True),
+        ("loss 1.04, 1,000 bytes", 0.0, False),
+        ("loss 1.00, 1,200 bytes", 0.05, False),
+        ("loss 1.00, 1,000 byte", 0.05, False),
+        ("loss 1.00", 0.05, False),
+    ],
+)
+def test_what_a_block_prints_is_compared_with_what_the_page_shows(shown, tolerance, same):
+    assert is_shown("loss 1.00, 1,000 bytes\n", shown, tolerance) is same
+
+
+def test_a_page_that_shows_what_its_block_does_not_print_fails(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("```python\nprint(1)\n```\n\n<!-- output, numbers to 0.05 -->\n```text\n2\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md:7: the block above prints\s+1"):
+        run_blocks(blocks_of(path))
 
 
 def test_the_reader_of_documents_refuses_an_open_block(tmp_path):
