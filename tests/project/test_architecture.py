@@ -54,9 +54,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert [name for name in loaded if any(name == part or name.startswith(f"{part}.") for part in HEAVY_PARTS)] == []
 
 
-def picture():
-    """The module that draws the picture of the rooms."""
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "images" / "architecture.py")
+def picture(name="architecture"):
+    """The module that draws the picture of the rooms, or another one."""
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "images" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -65,6 +65,11 @@ def picture():
 def test_the_picture_is_of_the_imports_as_they_are():
     drawn = (ROOT / "docs" / "images" / "architecture.svg").read_text("utf-8")
     assert picture().drawn() == drawn, "draw it again: python docs/images/architecture.py"
+
+
+def test_the_picture_of_the_idea_is_what_its_script_draws():
+    drawn = (ROOT / "docs" / "images" / "idea.svg").read_text("utf-8")
+    assert picture("idea").drawn() == drawn, "draw it again: python docs/images/idea.py"
 
 
 def test_no_import_runs_upward():
