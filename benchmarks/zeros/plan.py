@@ -47,6 +47,7 @@ class Plan:
 
 KEY = tuple(Plan("", "").key())
 STEPS = {"banking77": 100, "clinc150": 100}
+LONGER = 1000
 RATES = {"full": (3e-4, 1e-4), "LoRA": (3e-3, 1e-3)}  # those around the best of benchmarks.decoder
 
 
@@ -89,7 +90,16 @@ def candidates(data: str) -> Iterator[Plan]:
     yield mask(data, "all", 0.002, protected=True)
 
 
-STUDIES: dict[str, Callable[[str], Iterator[Plan]]] = {"modules": modules, "candidates": candidates}
+def longer(data: str) -> Iterator[Plan]:
+    """Ten times the steps: whether larger masks close what is left to full fine-tuning."""
+    for rate in RATES["full"]:
+        yield Plan(data, "full", LONGER, rate=rate)
+    yield mask(data, "all", 0.002, "off-principal", steps=LONGER)
+    for sparsity, among in ((0.005, 0.1), (0.02, 0.2), (0.002, 0.1), (0.05, 0.5), (0.01, 0.1)):
+        yield mask(data, "all", sparsity, among=among, steps=LONGER)
+
+
+STUDIES: dict[str, Callable[[str], Iterator[Plan]]] = {"modules": modules, "candidates": candidates, "longer": longer}
 
 
 def of_seeds(plans: Iterator[Plan], seeds: tuple[int, ...]) -> Iterator[Plan]:
