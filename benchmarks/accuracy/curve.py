@@ -79,14 +79,18 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
             fontsize=8,
             fontweight="bold" if own else "normal",
         )
-    best = front([(stored_bytes(mean), 100 * mean["test"]) for mean in with_bytes])
-    axes.plot(*zip(*best, strict=True), color=FRONT, linewidth=1, zorder=0, label="none is better with as few bytes")
+    if with_bytes:
+        best = front([(stored_bytes(mean), 100 * mean["test"]) for mean in with_bytes])
+        told = "none is better with as few bytes"
+        axes.plot(*zip(*best, strict=True), color=FRONT, linewidth=1, zorder=0, label=told)
     for mean in means:
         if not mean["bytes"]:
             axes.axhline(100 * mean["test"], linestyle="--", color="#999999", label="frozen model, linear probe")
     axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
     axes.set_ylabel("mean test accuracy, %")
-    axes.set_xlim(right=8 * max(map(stored_bytes, with_bytes)))
+    if with_bytes:
+        axes.set_xlim(right=8 * max(map(stored_bytes, with_bytes)))  # room for the names
     axes.grid(alpha=0.25)
-    axes.legend(loc="center right", frameon=False, fontsize=8)
+    if means:
+        axes.legend(loc="center right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

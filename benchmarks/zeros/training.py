@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from peft import get_peft_model
@@ -23,8 +23,9 @@ from benchmarks.zeros.candidates import set_candidates
 from benchmarks.zeros.data import IGNORED, Data, Rows
 from benchmarks.zeros.plan import MODULES, Plan
 from peft_mask import MaskConfig, MaskModel, SparsitySchedule, create_mask_optimizer, spend_budget, super_weights
+from peft_mask.settings.options import CandidateRule
 
-OWN_RULES = ("magnitude", "random", "off-principal")  # of `MaskConfig`
+OWN_RULES = get_args(CandidateRule)
 BATCHES_TO_CHOOSE = 8  # whose activations choose candidates
 
 

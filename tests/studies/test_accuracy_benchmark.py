@@ -324,6 +324,16 @@ def test_the_next_rate_is_about_three_times_beyond_an_edge(
     assert runs.beyond(lrs, best) == further
 
 
+def test_a_study_without_an_adapter_or_a_whole_row_has_its_pages_too(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(data, model, tmp_path / "probe", "--methods", "probe")
+    for task, method in (("trec", "mask"), ("ud_ewt_pos", "bitfit")):  # neither has a row for every task
+        run(data, model, tmp_path / "parts", "--tasks", task, "--methods", method, "--seeds", "0")
+    assert "| probe | 2 |" in capsys.readouterr().out
+    assert all((tmp_path / name / "curve.png").exists() for name in ("probe", "parts"))
+
+
 def test_a_masks_bytes_against_its_base_are_fewer(setting: Setting) -> None:
     figures = training.train(
         TASKS["trec"], replace(METHODS["mask"], build=mask(target_sparsity=0.1)), 5e-4, 0, STEPS, setting
