@@ -81,6 +81,9 @@ ARMS = {
     "mask-0.0005-beta": Arm("mask, 0.05 %, beta 0.04", mask("0.0005", "--beta", "0.04")),
     "mask-0.0005-64": Arm("mask, 0.05 %", mask("0.0005"), completions=64),
     "mask-0.0001-64": Arm("mask, 0.01 %", mask("0.0001"), completions=64),
+    "mask-0.0001-off-principal-64": Arm(
+        "mask, 0.01 %, off-principal candidates", mask("0.0001", candidates="off-principal"), completions=64
+    ),
     "lora-2e-4": Arm("LoRA r=8, 2e-4", lora("2e-4")),
     "lora-5e-4": Arm("LoRA r=8, 5e-4", lora("5e-4")),
     "lora-1e-3": Arm("LoRA r=8, 1e-3", lora("1e-3")),
