@@ -78,7 +78,8 @@ format: $(READY) ## mend what ruff can mend
 	$(RUN) -m ruff format
 
 docs: $(READY) ## the site, into site/; stops at a link, an anchor or a reference that leads nowhere
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@# not quietly: mkdocs counts only the warnings that it shows
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(READY) ## the benchmarks
 	$(RUN) -m benchmarks

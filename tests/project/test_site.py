@@ -87,20 +87,38 @@ class Resources(HTMLParser):
             self.found.append(named.get("href"))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder of the site, built as `make docs` does."""
-    folder = tmp_path_factory.mktemp("site")
-    run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
+def make_docs(source, folder):
+    """Build a site into a folder by the command that `make docs` has."""
+    (arguments,) = re.findall(r"\$\(RUN\) (-m mkdocs .+)$", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
+    return subprocess.run(
+        [sys.executable, *arguments.split(), "--site-dir", str(folder)],
+        cwd=source,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site."""
+    folder = tmp_path_factory.mktemp("site")
+    run = make_docs(ROOT, folder)
     assert run.returncode == 0, run.stderr
     return folder
+
+
+@pytest.mark.parametrize("target", ["#nowhere", "other.md#nowhere", "nowhere.md"])
+def test_a_link_that_leads_nowhere_stops_the_site(tmp_path, target):
+    settings = (ROOT / "mkdocs.yml").read_text("utf-8")
+    validation = re.search(r"^validation:\n(?:  .+\n)+", settings, flags=re.MULTILINE)[0]
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: s\ntheme: null\n{validation}", "utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "other.md").write_text("# Other\n", "utf-8")
+    for link, status in (("other.md#other", 0), (target, 1)):
+        (tmp_path / "docs" / "index.md").write_text(f"[a link]({link})\n", "utf-8")
+        assert make_docs(tmp_path, tmp_path / "site").returncode == status
 
 
 def test_no_page_fetches_anything_from_elsewhere(site):
