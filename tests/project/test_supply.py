@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import peft_mask
 
@@ -95,3 +97,26 @@ def test_the_package_unpickles_and_executes_nothing():
             else:
                 continue
             assert not used & forbidden, f"{path.name}:{node.lineno}"
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    said = {
+        "pyproject.toml": re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[
+            1
+        ],
+        "CITATION.cff": re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)[1],
+    }
+    assert said == dict.fromkeys(said, peft_mask.__version__)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda file: file.name)
+def test_workflows_call_what_is_there_and_may_write_only_where_they_say_so(file):
+    workflow = yaml.safe_load(file.read_text("utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    commands = "\n".join(step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"make ([a-z-]+)", commands)) <= set(targets)
+    for module in re.findall(r"-m (tests\.\w+)", commands):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
+    for script in re.findall(r"^(\.[/\w]+)$", commands, flags=re.MULTILINE):
+        assert (ROOT / script).exists()
