@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from importlinter import cli
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +68,10 @@ def test_the_picture_is_of_the_imports_as_they_are():
     assert picture().drawn() == drawn, "draw it again: python docs/images/architecture.py"
 
 
-def test_the_picture_of_the_idea_is_what_its_script_draws():
-    drawn = (ROOT / "docs" / "images" / "idea.svg").read_text("utf-8")
-    assert picture("idea").drawn() == drawn, "draw it again: python docs/images/idea.py"
+@pytest.mark.parametrize("name", ["idea", "proof"])
+def test_pictures_are_what_their_scripts_draw(name):
+    drawn = (ROOT / "docs" / "images" / f"{name}.svg").read_text("utf-8")
+    assert picture(name).drawn() == drawn, f"draw it again: python docs/images/{name}.py"
 
 
 def test_no_import_runs_upward():
