@@ -82,7 +82,7 @@ def read_masks(
     config = (read_config(beside) if beside.is_file() else {}) or config_naming(masks)
     if config.get("modules_to_save"):
         # Heads are not masks and will not be saved. With a task type, PEFT and MaskModel would still ask for them.
-        config |= {"modules_to_save": None, "task_type": None}
+        config |= {"modules_to_save": None, "task_type": None, "id2label": None}
     if config.get("trainable_token_indices"):
         config |= {"trainable_token_indices": None}
     return masks, config

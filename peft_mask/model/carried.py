@@ -15,7 +15,12 @@ from peft_mask.format.mask_file import read_config
 from peft_mask.model.names import BITS, FOR_TRAINING, module_name, named
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_FIELDS = ("task_type", "modules_to_save", "trainable_token_indices")  # of what is carried; masks alone have none
+_FIELDS = (
+    "task_type",
+    "modules_to_save",
+    "trainable_token_indices",
+    "id2label",
+)  # of what is carried; masks alone have none
 
 
 def carry(adapter: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:

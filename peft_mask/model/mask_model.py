@@ -18,6 +18,7 @@ from peft_mask.layers.drawn_head import draw_head
 from peft_mask.layers.mask_layer import MaskLayer
 from peft_mask.layers.registry import mask_layer_type
 from peft_mask.layers.stand_in import ParamWrapper
+from peft_mask.model.labels import labels_of, take_labels
 from peft_mask.model.loading import state_from_records
 from peft_mask.model.merging import MergedAdapters, mask_layers
 from peft_mask.model.mixed import copies_in_generation, rows_of
@@ -62,6 +63,7 @@ class MaskModel(MergedAdapters, ScoredAdapters):
         return ScoredAdapters._check_target_module_exists(peft_config, plain_name(key))
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+        take_labels(self.model, peft_config)
         resolve_targets(self.model, peft_config)
         for name, other in self.peft_config.items():
             ours, theirs = set(peft_config.target_parameters or []), set(other.target_parameters or [])
@@ -246,6 +248,7 @@ class MaskModel(MergedAdapters, ScoredAdapters):
         if tensors:  # the configuration is written after them, and beside them
             config.record_bytes = record_sizes(tensors, adapter_name)
             config.checksums = checksums_of(model, config, adapter_name, state_dict, tensors)
+            config.id2label = labels_of(model, config.id2label)
         return tensors
 
     @classmethod

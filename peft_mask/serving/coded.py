@@ -90,7 +90,7 @@ def read_adapter(folder: Path, max_bytes: int) -> ReadAdapter:
     """Read an adapter's folder, all files of one version.
 
     Args:
-        folder: what `save_pretrained` wrote, and `labels.json` with the names of its labels if there are any.
+        folder: what `save_pretrained` wrote, and `labels.json` if the names of its labels are not in the configuration.
         max_bytes: how large its file may be at most.
 
     Raises:
@@ -106,7 +106,7 @@ def read_adapter(folder: Path, max_bytes: int) -> ReadAdapter:
         raise ValueError(f"'{folder / TENSORS}' is not a whole safetensors file ({error}).") from error
     digest = hashlib.blake2b(said, digest_size=16)
     digest.update(data)
-    labels = None
+    labels = config.label_names
     if named_labels is not None:
         digest.update(named_labels)
         labels = read_names(folder / LABELS, named_labels)

@@ -23,14 +23,14 @@ _SENTENCE_TRANSFORMERS = "sentence-transformers"
 _IMPORT = "import peft_mask  # without it, PEFT says KeyError: 'PEFT_MASK'"
 _BEGIN, _END = "<!-- peft_mask: figures, filled in when the adapter is saved -->", "<!-- end of peft_mask -->"
 
-# task type -> what PEFT calls the class that loads base model and adapter, and what else it must be told
+# task type -> what PEFT calls the class that loads base model and adapter
 _AUTO_CLASSES = {
-    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "num_labels=..."),
-    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "num_labels=..."),
-    "QUESTION_ANS": ("AutoPeftModelForQuestionAnswering", ""),
-    "CAUSAL_LM": ("AutoPeftModelForCausalLM", ""),
-    "SEQ_2_SEQ_LM": ("AutoPeftModelForSeq2SeqLM", ""),
-    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", ""),
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
 
 
@@ -153,7 +153,7 @@ def _needs_base(records: list[tuple[Header, int]]) -> str:
 
 
 def _usage(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
-    name, told = _AUTO_CLASSES.get(config.get("task_type") or "", (None, ""))
+    name = _AUTO_CLASSES.get(config.get("task_type") or "")
     if cast(ModelCardData, card.data).library_name == _SENTENCE_TRANSFORMERS:
         own = folder / "config_sentence_transformers.json"
         name = (json.loads(own.read_text("utf-8")) if own.is_file() else {}).get("model_type", "SentenceTransformer")
@@ -162,7 +162,7 @@ def _usage(config: dict[str, Any], folder: Path, card: ModelCard) -> str:
         lines = [
             f"from peft import {name}",
             "",
-            f'model = {name}.from_pretrained("this/repository"{told and ", "}{told})',
+            f'model = {name}.from_pretrained("this/repository")',
         ]
     else:
         lines = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base_model, "this/repository")']

@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 from peft_mask.format.atomic import replace_files
 from peft_mask.settings.card import is_card_due, update_model_card
+from peft_mask.settings.fields import names_given, places_of
 from peft_mask.settings.foreign import explains_foreign_words
 from peft_mask.settings.options import (
     GATES,
@@ -129,6 +130,8 @@ class MaskConfig(PeftConfig):
             order of module names. transformers' `model.load_adapter` cannot load the masks without it.
         checksums: not to be set: written on saving, the checksums of what stands beside the records, such as a task
             head. None, as in older files: they are not checked.
+        id2label: not to be set: written on saving, the names of the labels by their places in the logits. A base model
+            with a new head gets so many outputs, and these names, when the adapter is loaded onto it.
 
     Raises:
         ValueError: if a field is out of range; the message names it.
@@ -172,6 +175,7 @@ class MaskConfig(PeftConfig):
     check_base: bool = field(default=True, metadata={"help": "Refuse to load on another base model."})
     record_bytes: list[int] | None = field(default=None, metadata={"help": "Length of each record; set on saving."})
     checksums: dict[str, Any] | None = field(default=None, metadata={"help": "Of heads and such; set on saving."})
+    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of labels; set on saving."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -191,6 +195,7 @@ class MaskConfig(PeftConfig):
             self.layers_to_transform = sorted(self.layers_to_transform)  # a range has no place in a file
         fill_in(self)
         check_options(self)
+        self.id2label = places_of(self.id2label)
 
     @classmethod
     def paper(cls, **fields: Any) -> MaskConfig:
@@ -242,6 +247,11 @@ class MaskConfig(PeftConfig):
     def group(self) -> tuple[int, int] | None:
         """N and M of `pattern`; None without one."""
         return None if self.pattern is None else group_of(self.pattern)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of `id2label` in the order of the logits; None where nobody has named them."""
+        return names_given(self.id2label or {})
 
     def is_in_head(self, name: str) -> bool:
         """Return whether the module of this name is part of the model's task head."""

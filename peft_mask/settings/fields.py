@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -62,6 +62,28 @@ def check_checksums(name: str, value: Any) -> None:
     texts = [value.get("records"), *sums.values()] if isinstance(sums, dict) else [None]
     if value is not None and not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} must be what saving wrote or None, got {value!r}.")
+
+
+def places_of(names: Any) -> dict[int, str] | None:
+    """Return what `id2label` says, its places as integers, in their order: JSON makes strings of them.
+
+    Raises:
+        ValueError: it is neither None nor a dictionary of strings by 0, 1, 2, ...
+    """
+    if names is None:
+        return None
+    if isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values()):
+        places = {f"{place}": name for place, name in names.items()}
+        wanted = [f"{place}" for place in range(len(places))]
+        if places.keys() == set(wanted):
+            return {place: places[key] for place, key in enumerate(wanted)}
+    raise ValueError(f"id2label must be a dictionary of strings by 0, 1, 2, ... or None, got {names!r}.")
+
+
+def names_given(id2label: Mapping[int, str]) -> tuple[str, ...] | None:
+    """Return the names of labels in the order of the logits; None where they are transformers' for want of others."""
+    named = any(name != f"LABEL_{place}" for place, name in id2label.items())
+    return tuple(id2label.values()) if named else None
 
 
 def _is_finite(value: float) -> bool:
