@@ -17,6 +17,7 @@ LABELS = {  # of methods whose names do not say it
     "ia3-all": "(IA)³, all layers",
     "shira-r1": "SHiRA r=1",
 }
+MORE = {"qv": ", query and value", "1bit": ", 1 bit", "2bit": ", 2 bits", "4bit": ", 4 bits"}
 FRONT = "#0072B2"
 
 
@@ -25,7 +26,8 @@ def label(method: str) -> str:
     if method.startswith("growing-mask-"):
         return f"mask {100 * float(method.removeprefix('growing-mask-')):g} %"
     if method.startswith("lora-r"):
-        return method.replace("lora-r", "LoRA r=").replace("-qv", ", query and value")
+        rank, _, more = method.removeprefix("lora-r").partition("-")
+        return f"LoRA r={rank}" + MORE.get(more, f", {more}" if more else "")
     return LABELS.get(method, method)
 
 

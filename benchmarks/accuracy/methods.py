@@ -83,6 +83,14 @@ def shira(model: nn.Module, task_type: str) -> nn.Module:
     return get_peft_model(model, ShiraConfig(task_type=task_type, r=1, random_seed=torch.initial_seed()))
 
 
+RANKS, BITS = (16, 8, 4), (4, 2, 1)  # of LoRA that is quantised after training, see benchmarks.accuracy.quantized
+
+
+def quantized_name(rank: int, bits: int) -> str:
+    return f"lora-r{rank}-{bits}bit"
+
+
+QUANTIZED = [quantized_name(rank, bits) for rank in RANKS for bits in BITS]
 METHODS: dict[str, Method | Probe] = {
     method.name: method
     for method in (

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.accuracy.curve import draw_curve
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import METHODS, QUANTIZED
 from benchmarks.accuracy.runs import SEARCH_SEED, runs_in
 from benchmarks.accuracy.tasks import TASKS
 
@@ -48,7 +48,7 @@ class Row:
         """`bytes` with the adapter's numbers in bfloat16, counted if it was saved in float32; None without numbers."""
         if self.bits_per_weight is not None or not self.bytes:
             return None
-        if self.dtype == "bfloat16":
+        if self.dtype != "float32":
             return self.bytes
         return self.bytes - 2 * (self.trained_parameters - self.head_bytes / 4)
 
@@ -63,7 +63,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     groups: dict[tuple[str, int, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result["task"], result["steps"], result["method"]), []).append(result)
-    tasks, methods = list(TASKS), list(METHODS)
+    tasks, methods = list(TASKS), [*METHODS, *QUANTIZED]
     rows = [_row(group) for group in groups.values() if any("test" in result for result in group)]
     return sorted(rows, key=lambda row: (tasks.index(row.task), row.steps, methods.index(row.method)))
 

@@ -149,7 +149,7 @@ def finished(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
     """The result of `run`, from its row or by training."""
     if (done := run.read()) is None:
         return train_run(run, setting, progress)
-    if done["settings"] != (settings := _settings(run, setting)):
+    if done["settings"] != (settings := settings_of(run, setting)):
         raise ValueError(
             f"{runs_in(run.results).told(run.key)} was made with the settings {done['settings']}, this run has "
             f"{settings}. Delete that row, or choose another folder with --results."
@@ -171,7 +171,7 @@ def train_run(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
         "steps": run.steps,
         **figures,
         "seconds": round(time.perf_counter() - start, 2),
-        "settings": _settings(run, setting),
+        "settings": settings_of(run, setting),
         "environment": environment(),
     }
     run.write(result)
@@ -181,7 +181,7 @@ def train_run(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
     return result
 
 
-def _settings(run: Run, setting: Setting) -> dict[str, Any]:
+def settings_of(run: Run, setting: Setting) -> dict[str, Any]:
     return {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
 
 
