@@ -17,8 +17,8 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from examples.demo.progress import Peek, Progress
 from examples.demo.tasks import BaseModel, Task
-from examples.script import file_bytes
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, Masks, create_mask_optimizer
+from peft_mask.recipes.script import file_bytes
 
 HEAD = "classifier"  # the module that transformers adds for the task
 

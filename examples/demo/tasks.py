@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from examples.tagging import IGNORED, Sentence, label_last_pieces, read_columns, span_f1, token_accuracy
+from peft_mask.recipes.tagging import IGNORED, Sentence, label_last_pieces, read_columns, span_f1, token_accuracy
 
 DATA = Path(__file__).parents[1] / "data"
 METRICS = {"ud_ewt_pos": "token accuracy", "wnut17": "span F1"}

