@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"error: {error}") from None
     base = task.load(arguments.model_name_or_path)
     model: Any = masked(base, task.task_type, seed) if arguments.method == "mask" else base
-    trainer = trainer_of(model, partial(optimizer_of, lr=lr), task, tokenizer, training_arguments)
+    trainer = trainer_of(model, partial(optimizer_of, lr=lr), task, training_arguments)
     batch = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps
     steps = math.ceil(len(task.data["train"]) / (batch * training_arguments.world_size))
     evaluations = max(1, round(PATIENCE * steps / training_arguments.eval_steps))

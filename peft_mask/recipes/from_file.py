@@ -126,6 +126,7 @@ def train(training: Training) -> Trained:
             print(f"{name}: {text}")
         print(f"model: {training.arguments.model_name_or_path}, {_weights(ready.trainer.model)}", flush=True)
         figures = ready.learn(command_of(training.fields))
+    figures = {**figures, "file_bytes": (out / TENSORS).stat().st_size}
     write_yaml(training.fields, out / FILE)
     ready.trainer.save_state()  # with the curves
     history = ready.trainer.state.log_history

@@ -79,10 +79,11 @@ def recipe_of(task: str | None) -> Recipe:
 
 def _ready(prepare: Any, score: Any, arguments: Any, settings: TrainingArguments) -> Ready:
     ready = script.make_ready(arguments, settings, prepare)
-    names = {"train": "to learn", ready.task.test: "to test at the end"}
+    what = {"train": "to learn from", "validation": "to look at meanwhile"} | {
+        ready.task.test: "to test with at the end"
+    }
     rows = {
-        f"{name}, {names.get(name, 'for validation')}": f"{len(ready.splits[name]):,} of "
-        f"{source_of(ready.splits[name])}"
+        f"rows {what.get(name, name)}": f"{len(ready.splits[name]):,} of {source_of(ready.splits[name])}"
         for name in script.used_splits(ready.splits, ready.task.test)
     }
     if ready.task.labels is not None:
@@ -108,8 +109,9 @@ def _chat() -> Recipe:
         set_seed(settings.seed)
         trainer, held_out = sft.make_trainer(arguments, settings)
         rows = {
-            "train, to learn": f"{len(trainer.train_dataset):,} answers of {arguments.train_file}",
-            "test": f"{len(held_out):,} answers of {arguments.test_file or arguments.train_file}",
+            "answers to learn from": f"{len(trainer.train_dataset):,} of --train_file {arguments.train_file}",
+            "answers to test with before and after": f"{len(held_out):,} of "
+            + (f"--test_file {arguments.test_file}" if arguments.test_file else f"--train_file {arguments.train_file}"),
         }
 
         def learn(command: str) -> dict[str, float]:
