@@ -32,6 +32,12 @@ class FieldParser(HfArgumentParser):
         names = [options[name].dest for name in map(_name, words) if name in options]
         return {name: getattr(namespace, name) for name in dict.fromkeys(names)}
 
+    def check_used(self, words: Sequence[str]) -> None:
+        """Raise ValueError if a word belongs to no field."""
+        _, left = self.parse_known_args(list(words), Namespace())
+        if left:
+            raise ValueError(f"{left[0]!r} belongs to no field: give one file at most, then --field value.")
+
     def check_names(self, words: Sequence[str], source: str) -> None:
         """Raise ValueError if a word is an option that no field has.
 
@@ -59,7 +65,8 @@ def read_yaml(file: str) -> dict[str, Any]:
         what = "a folder; name the file in it." if path.is_dir() else f"no such file (working directory {Path.cwd()})."
         raise FileNotFoundError(f"{file}: there is {what}" if not path.is_dir() else f"{file}: this is {what}")
     try:
-        content = yaml.safe_load(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        content = yaml.safe_load(text)
     except UnicodeDecodeError:
         raise ValueError(f"{file}: this is no text in UTF-8.") from None
     except yaml.YAMLError as error:
@@ -68,6 +75,12 @@ def read_yaml(file: str) -> dict[str, Any]:
         raise ValueError(f"{file}: {line} is not YAML ({getattr(error, 'problem', None) or error}).") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{file}: expected a field and its value in each line, such as 'max_steps: 100'.")
+    lines: dict[str, int] = {}  # of which YAML itself takes the last
+    for key, _ in yaml.compose(text, yaml.SafeLoader).value:
+        if key.value in lines:
+            one, two = lines[key.value], key.start_mark.line + 1
+            raise ValueError(f"{file}: {key.value!r} stands in line {one} and in line {two}; keep one of them.")
+        lines[key.value] = key.start_mark.line + 1
     return content
 
 

@@ -88,6 +88,7 @@ def read(file: str | None, flags: Sequence[str]) -> Training:
     written = words_of({**said, "task": task})
     parser.check_names(written, f"{file}: ")
     parser.check_names(flags, "")
+    parser.check_used([*written, *flags])
     fields = parser.given([*written, *flags])
     if fields.get("validation_file") is not None:
         parser.set_defaults(eval_strategy="epoch")

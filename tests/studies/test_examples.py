@@ -1,6 +1,7 @@
 """The examples, run on a tiny random model: what they write, what they check, and what they say to wrong input."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from examples.demo.methods import METHODS, Result
 from examples.demo.report import table
 from examples.demo.tasks import DATA, BaseModel, Task
 from peft_mask import MaskConfig, Masks
+from peft_mask.cli.main import main
 from peft_mask.recipes import script, text_classification
 from peft_mask.recipes.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask.training.optimizer import HEAD_LR
@@ -181,6 +183,16 @@ def test_demo_trains_reports_and_serves(tiny_bert, few_sentences, tmp_path, caps
     assert output.count("  equal  ") == 7
     assert "DIFFERENT" not in output
     assert "(0 weights written over)" not in output
+    # a first result before the second training, what each step is for, and no dictionaries of Trainer's
+    assert re.search(r"A first look, at \d+ test sentences: token accuracy 0\.\d\d.*-> test", output, re.S)
+    assert [f"[{step}/5]" in output for step in range(1, 6)] == [True] * 5
+    assert "{'" not in output
+    *_, first, second = output.splitlines()
+    for line, name in ((first, "inspect"), (second, "report")):
+        program, typed, *arguments = line.split()
+        assert (program == "python" or Path(program).is_file(), typed) == (True, name)
+        assert main([typed, *arguments]) == 0
+    assert str(tmp_path / "accuracy_against_bytes.png") in output
     rows = json.loads((tmp_path / "results.json").read_text())
     names = [row["method"] for row in rows if row["task"] == demo.FIRST]
     assert names == [demo.PROBE, "full fine-tuning", "LoRA r=8", "mask"]
