@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def read(options: argparse.Namespace, words: Sequence[str]) -> None:
 def run(options: argparse.Namespace) -> Answer:
     """Train."""
     try:
-        from peft_mask.recipes import from_file
+        from peft_mask.recipes import from_file, launched
     except ImportError as error:
         raise ImportError(
             f"a training needs more than the package: pip install 'peft-mask[train]' ({error})."
@@ -83,4 +84,7 @@ def run(options: argparse.Namespace) -> Answer:
         for name, value in trained.figures.items()
     }
     text = "\n".join([facts({**said, "written to": trained.out}), "next:", *(f"  {each}" for each in commands)])
-    return Answer(data, text)
+    answer = Answer(data, text)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the first says it, and each ends as scripts do
+        launched.run(lambda: trained.is_first and print(answer.json() if options.json else answer.text))
+    return answer

@@ -48,11 +48,13 @@ class Trained:
         out: folder of the adapter.
         figures: test results and bytes, by name.
         evaluations: what was measured during training, in its order.
+        is_first: whether this is the first of several processes, or the only one.
     """
 
     out: str
     figures: Mapping[str, float]
     evaluations: Sequence[Mapping[str, float]]
+    is_first: bool
 
 
 def parser_of(task: str | None) -> tuple[Recipe, FieldParser]:
@@ -123,16 +125,19 @@ def train(training: Training) -> Trained:
         for callback in (PrinterCallback, ProgressCallback):
             ready.trainer.remove_callback(callback)
         ready.trainer.add_callback(Progress())
-        for name, text in ready.rows.items():
-            print(f"{name}: {text}")
-        print(f"model: {training.arguments.model_name_or_path}, {_weights(ready.trainer.model)}", flush=True)
+        if ready.trainer.is_world_process_zero():
+            for name, text in ready.rows.items():
+                print(f"{name}: {text}")
+            print(f"model: {training.arguments.model_name_or_path}, {_weights(ready.trainer.model)}", flush=True)
         figures = ready.learn(command_of(training.fields))
-    figures = {**figures, "file_bytes": (out / TENSORS).stat().st_size}
-    write_yaml(training.fields, out / FILE)
     ready.trainer.save_state()  # with the curves
+    is_first = bool(ready.trainer.is_world_process_zero())
+    if is_first:
+        figures = {**figures, "file_bytes": (out / TENSORS).stat().st_size}
+        write_yaml(training.fields, out / FILE)
     history = ready.trainer.state.log_history
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
-    return Trained(str(out), figures, evaluations)
+    return Trained(str(out), figures, evaluations, is_first)
 
 
 def check_free(out: Path, resumed: bool) -> None:

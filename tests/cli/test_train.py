@@ -20,6 +20,7 @@ from peft_mask.recipes.from_file import read
 from peft_mask.recipes.mask_arguments import NOT_TYPED, MaskArguments, mask_config
 from peft_mask.recipes.tasks import TASKS
 from tests.chat_models import CHATS, tiny_chat_model, write
+from tests.processes import launch
 
 ROWS = [f"{word} {i},{label}" for i in range(12) for word, label in (("cat", "pet"), ("oak", "tree"))]
 QUICK = {"max_steps": 2, "use_cpu": True}
@@ -163,6 +164,16 @@ def test_an_interrupted_training_is_resumed_and_ends_as_if_it_had_not_been(task,
     said = run("train", file, "--resume_from_checkpoint", "true")
     assert "training: 4 steps from step 2 on" in said.err
     assert same(here / "out", here / "whole")
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_first_writes_and_prints(task, here):
+    file = here / task(
+        output_dir=str(here / "out"), train_file=str(here / "rows.csv"), test_file=str(here / "rows.csv")
+    )
+    printed = launch("peft_mask/__main__.py", "train", str(file), "--json")
+    assert json.loads(printed)["figures"]["file_bytes"] == (here / "out" / "adapter_model.safetensors").stat().st_size
+    assert yaml.safe_load((here / "out" / "task.yaml").read_text())["task"] == "text-classification"
 
 
 @pytest.mark.parametrize(
