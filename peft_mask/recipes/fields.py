@@ -56,32 +56,44 @@ class FieldParser(HfArgumentParser):
 def read_yaml(file: str) -> dict[str, Any]:
     """Read the fields of a YAML file.
 
+    Values are what is written, as texts: a field knows its type, where YAML takes `1e-3` for a text, `2:4` for 124 and
+    `no` for False. Lists hold such texts; what is nested deeper is as YAML has it.
+
     Raises:
         FileNotFoundError: if it does not exist.
         ValueError: if it is no YAML, or something else than fields with values.
     """
     path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"{file}: this is a folder; name the file in it.")
     if not path.is_file():
-        what = "a folder; name the file in it." if path.is_dir() else f"no such file (working directory {Path.cwd()})."
-        raise FileNotFoundError(f"{file}: there is {what}" if not path.is_dir() else f"{file}: this is {what}")
+        raise FileNotFoundError(f"{file}: there is no such file (working directory {Path.cwd()}).")
+    found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     try:
-        text = path.read_text("utf-8-sig")
-        content = yaml.safe_load(text)
+        root = yaml.compose(path.read_text("utf-8-sig"), yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode) or not all(isinstance(key.value, str) for key, _ in root.value):
+            raise ValueError(f"{file}: expected a field and its value in each line, such as 'max_steps: 100'.")
+        for key, value in root.value:
+            name, line = key.value, key.start_mark.line + 1
+            if name in lines:  # YAML itself would take the last
+                raise ValueError(f"{file}: {name!r} stands in line {lines[name]} and in line {line}; keep one of them.")
+            lines[name], found[name] = line, _written(value)
     except UnicodeDecodeError:
         raise ValueError(f"{file}: this is no text in UTF-8.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else "the file"
-        raise ValueError(f"{file}: {line} is not YAML ({getattr(error, 'problem', None) or error}).") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{file}: expected a field and its value in each line, such as 'max_steps: 100'.")
-    lines: dict[str, int] = {}  # of which YAML itself takes the last
-    for key, _ in yaml.compose(text, yaml.SafeLoader).value:
-        if key.value in lines:
-            one, two = lines[key.value], key.start_mark.line + 1
-            raise ValueError(f"{file}: {key.value!r} stands in line {one} and in line {two}; keep one of them.")
-        lines[key.value] = key.start_mark.line + 1
-    return content
+        where = f"line {mark.line + 1}" if mark else "the file"
+        raise ValueError(f"{file}: {where} is not YAML ({getattr(error, 'problem', None) or error}).") from None
+    return found
+
+
+def _written(node: Any) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(each) for each in node.value]
+    return yaml.safe_load(yaml.serialize(node))
 
 
 def words_of(fields: Mapping[str, Any]) -> list[str]:

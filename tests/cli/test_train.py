@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from peft_mask import MaskConfig, Masks, recipes
-from peft_mask.recipes.fields import words_of
+from peft_mask.recipes.fields import read_yaml, words_of, write_yaml
 from peft_mask.recipes.from_file import read
 from peft_mask.recipes.mask_arguments import NOT_TYPED, MaskArguments, mask_config
 from peft_mask.recipes.tasks import TASKS
@@ -295,3 +295,31 @@ def test_fields_become_words_that_a_parser_reads_as_they_were():
     training = read(None, words_of(said))
     assert training.fields | {"lr_scheduler_kwargs": {"a": 1}} == said
     assert training.settings.lr_scheduler_kwargs == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("pattern: 2:4", "pattern", "2:4"),  # YAML has 124
+        ("target_sparsity: 1e-3", "target_sparsity", 0.001),  # and a text
+        ("label_column: no", "label_column", "no"),  # and False
+        ("portable: no", "portable", False),
+        ("seed: ~", "seed", None),
+        ("text_column: [1, on]", "text_column", ["1", "on"]),
+        ("text_column: body", "text_column", ["body"]),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
+    ],
+)
+def test_a_field_is_what_is_written(here, line, name, value):
+    (here / "task.yaml").write_text(f"task: text-classification\nmodel_name_or_path: m\noutput_dir: out\n{line}\n")
+    training = read("task.yaml", [])
+    if value is None:
+        assert name not in training.fields
+    else:
+        assert getattr(training.arguments if hasattr(training.arguments, name) else training.settings, name) == value
+
+
+def test_fields_that_are_written_are_read_again(here):
+    said = {"task": "chat", "pattern": "2:4", "label_column": "no", "text_column": ["a", "1"], "seed": 3, "bf16": False}
+    write_yaml(said, here / "out.yaml")
+    assert words_of(read_yaml("out.yaml")) == words_of(said)
