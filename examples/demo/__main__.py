@@ -34,7 +34,7 @@ from examples.packaged import packaged_model
 
 FIRST, SECOND = "ud_ewt_pos", "wnut17"
 WHAT = {FIRST: "the part of speech of every word", SECOND: "names of people, places, groups and so on"}
-PROBE = "linear probe, frozen model"
+PROBE = "linear probe"
 WHY = {
     "mask": "A new head, and which half per cent of the weights to switch off. No weight is changed.",
     "LoRA r=8": "For comparison: a new head, and two thin matrices beside each weight matrix.",

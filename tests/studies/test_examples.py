@@ -193,6 +193,7 @@ def test_demo_trains_reports_and_serves(tiny_bert, few_sentences, tmp_path, caps
         assert (program == "python" or Path(program).is_file(), typed) == (True, name)
         assert main([typed, *arguments]) == 0
     assert str(tmp_path / "accuracy_against_bytes.png") in output
+    assert max(len(line) for line in output.splitlines() if line.startswith("|")) <= 120
     rows = json.loads((tmp_path / "results.json").read_text())
     names = [row["method"] for row in rows if row["task"] == demo.FIRST]
     assert names == [demo.PROBE, "full fine-tuning", "LoRA r=8", "mask"]
