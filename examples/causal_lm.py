@@ -39,7 +39,7 @@ from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
 from peft_mask.recipes import launched
 from peft_mask.recipes.card import command_of, write_card
 from peft_mask.recipes.causal_lm import as_dataset, hold_out, load_texts, pack
-from peft_mask.recipes.script import pretrained
+from peft_mask.recipes.models import pretrained
 
 BASE = "__base__"  # PEFT's name for rows of a batch without an adapter
 

@@ -36,7 +36,8 @@ from peft_mask.recipes import launched
 from peft_mask.recipes.answers import check_whole, greedy_answers, inference
 from peft_mask.recipes.card import command_of, write_card
 from peft_mask.recipes.mask_arguments import targets_of
-from peft_mask.recipes.script import pretrained, set_device_defaults
+from peft_mask.recipes.models import pretrained
+from peft_mask.recipes.script import set_device_defaults
 from peft_mask.recipes.trainer import OptimizerTrainer
 
 SPARSITY = 0.0001  # votes are noisy: with five times as many a small model was never right any more (docs/grpo.md)

@@ -28,6 +28,7 @@ from peft_mask.recipes import launched
 from peft_mask.recipes.card import command_of, write_card
 from peft_mask.recipes.files import FILE_TYPES, load_file
 from peft_mask.recipes.mask_arguments import MaskArguments, mask_config
+from peft_mask.recipes.models import pretrained, told
 from peft_mask.recipes.rows import check_columns, hold_out, is_file, source_of
 from peft_mask.recipes.trainer import OptimizerTrainer
 from peft_mask.training.callback import MaskCallback
@@ -42,6 +43,9 @@ class DataArguments(MaskArguments):
 
     file_types: ClassVar[Mapping[str, str]] = FILE_TYPES  # endings of files, and what reads them
     model_name_or_path: str = field(metadata={"help": "Model on the Hub, or a folder."})
+    model_init_kwargs: str | None = field(
+        default=None, metadata={"help": "What else `from_pretrained` is told, a JSON object."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Its revision."})
@@ -60,18 +64,6 @@ class ScriptArguments(DataArguments):
 
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
-
-
-def pretrained(kind: Any, name: str, **settings: Any) -> Any:
-    """Load what `kind`, an auto class, makes of a folder or a model of the Hub.
-
-    Raises:
-        ValueError: if there is no such thing.
-    """
-    try:
-        return kind.from_pretrained(name, **settings)
-    except OSError as error:
-        raise ValueError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)
@@ -287,7 +279,7 @@ def make_ready(
         raise ValueError(f"{arguments.dataset_name} has no split 'train'; expected one, found {list(splits)}.")
     tokenizer = pretrained(AutoTokenizer, arguments.model_name_or_path)
     task = prepare(splits, tokenizer, arguments, training_arguments.seed)
-    base = task.load(arguments.model_name_or_path)
+    base = task.load(arguments.model_name_or_path, **told(arguments.model_init_kwargs))
     model = get_peft_model(base, mask_config(arguments, task.task_type))
     make_optimizer = partial(create_mask_optimizer, lr=training_arguments.learning_rate)
     return Ready(trainer_of(model, make_optimizer, task, training_arguments), task, splits)

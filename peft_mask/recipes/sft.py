@@ -38,7 +38,8 @@ from peft_mask.recipes.answers import check_whole, score, stops_of
 from peft_mask.recipes.card import command_of, write_card
 from peft_mask.recipes.chat import Message, as_dataset, check_markers, check_rows, load_conversations
 from peft_mask.recipes.mask_arguments import MaskArguments, mask_config
-from peft_mask.recipes.script import checkpoint_of, pretrained, set_device_defaults
+from peft_mask.recipes.models import pretrained
+from peft_mask.recipes.script import checkpoint_of, set_device_defaults
 from peft_mask.recipes.trainer import OptimizerTrainer
 from peft_mask.settings.config import MaskConfig
 from peft_mask.training.callback import MaskCallback

@@ -118,6 +118,15 @@ def test_a_validation_file_is_scored_after_every_epoch_if_nothing_else_is_said(t
     assert [row["epoch"] for row in said.data["evaluations"]] == [1, 2]
 
 
+def test_the_model_is_loaded_as_is_said(task, here, run):
+    own = {"model_init_kwargs": {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}}
+    assert run("train", task(**own)).code == 0
+    assert run("train", task(output_dir="other")).code == 0
+    assert not same(here / "out", here / "other")
+    assert run("train", "out/task.yaml", "--output_dir", "again").code == 0
+    assert same(here / "out", here / "again")
+
+
 def test_words_are_tagged(task, here, run):
     (here / "tags.conll").write_text("\n\n".join("a\tO\ncat\tB-x" if i % 2 else "oak\tO" for i in range(12)))
     data = run("train", task(task="token-classification", train_file="tags.conll", test_file=None), "--json").data
@@ -193,6 +202,8 @@ def test_of_several_processes_the_first_writes_and_prints(task, here):
         ({"max_steps": "ten"}, [], r"--max_steps.*invalid int value: 'ten'"),
         ({"candidate_rule": "best"}, [], r"--candidate_rule.*invalid choice: 'best'"),
         ({"candidates": "some"}, [], r"--candidates some: expected a fraction such as 0.1, or 'all'"),
+        ({"model_init_kwargs": "[1]"}, [], r"--model_init_kwargs \[1\]: expected a JSON object, such as '{\"dtype"),
+        ({"model_init_kwargs": {"wings": 2}}, [], r"unexpected keyword argument 'wings'"),
         ({"target_sparsity": 2}, [], r"target_sparsity must be a finite number"),
         ({"target_modules": ["all-linear", "x"]}, [], r"--target_modules all-linear stands for modules itself"),
         ({"train_file": "gone.csv"}, [], r"--train_file gone.csv: there is no such file"),
