@@ -10,7 +10,7 @@ from peft_mask.settings.options import Binarizer, CandidateRule, Head, ScoresDty
 
 SHORTHANDS = ("all-linear", "gate-projections")  # of `target_modules`, where a text is else a pattern
 # of PEFT, of a saved adapter, or `seed`, which is that of the whole training
-NOT_TYPED = {"fan_in_fan_out", "trainable_token_indices", "seed", "record_bytes", "checksums"}
+NOT_TYPED = {"fan_in_fan_out", "id2label", "trainable_token_indices", "seed", "record_bytes", "checksums"}
 
 
 _SAID = {each.name: {"help": f"MaskConfig: {each.metadata.get('help')}"} for each in fields(MaskConfig)}
