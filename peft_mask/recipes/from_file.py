@@ -65,7 +65,8 @@ def parser_of(task: str | None) -> tuple[Recipe, FieldParser]:
         ImportError: if what it needs is not installed.
     """
     recipe = recipe_of(task)
-    parser = FieldParser((recipe.arguments, recipe.settings), prog=f"peft-mask train --task {task}")
+    usage = f"peft-mask train [FILE.yaml] --task {task} [--FIELD VALUE ...]"
+    parser = FieldParser((recipe.arguments, recipe.settings), usage=usage)
     parser.add_argument("--task", help="What is learned.")
     set_device_defaults(parser)
     parser.set_defaults(**{**DEFAULTS, **recipe.defaults})
