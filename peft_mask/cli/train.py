@@ -66,9 +66,10 @@ def run(options: argparse.Namespace) -> Answer:
         training = from_file.read(options.file, options.flags)
         trained = from_file.train(training)
     base = training.arguments.model_name_or_path
+    quantize = ["--quantize", "nf4"] if getattr(training.arguments, "load_in_4bit", False) else []
     following = [
         ["peft-mask", "inspect", trained.out],
-        ["peft-mask", "merge", trained.out, "--base", base, "--out", f"{trained.out.rstrip('/')}-merged"],
+        ["peft-mask", "merge", trained.out, "--base", base, *quantize, "--out", f"{trained.out.rstrip('/')}-merged"],
     ]
     commands = [shlex.join(words) for words in following]
     data = {

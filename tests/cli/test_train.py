@@ -151,6 +151,18 @@ def test_chats_are_learned_with_what_their_trainer_can_do(task, here, run):
     assert (here / "merged" / "model.safetensors").is_file()
 
 
+def test_a_chat_model_in_four_bits_is_merged_in_four_bits(task, here, run):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny_chat_model(here / "llama", width=64)
+    write(here / "chats.jsonl", CHATS)
+    own = {"task": "chat", "model_name_or_path": "llama", "train_file": "chats.jsonl", "test_file": None}
+    said = run("train", task(**own), "--max_length", "200", "--load_in_4bit", "true", "--json")
+    command = said.data["next"][1]
+    assert "--quantize nf4" in command
+    assert "quantized" in run(*command.split()[1:]).out
+
+
 def test_chats_without_their_trainer_say_what_to_install(task, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     assert "task: chat needs TRL, which cannot be imported" in refused("train", task(task="chat"))
