@@ -32,7 +32,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## learn two tasks on a laptop, compare with LoRA and full fine-tuning, switch between them
-	$(RUN) -m examples.demo
+	@echo "Importing PyTorch, transformers and PEFT, which takes some seconds."
+	@$(RUN) -m examples.demo
 
 serve: $(READY) ## learn two tasks, then answer for both at http://127.0.0.1:8000/, with a page for the browser
 	$(RUN) -m examples.serve

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from benchmarks.accuracy.sizes import measure
 from benchmarks.harness import RESULTS, environment, report, table, together
 from benchmarks.runs_file import Row, RunsFile
-from examples.causal_lm import pack
 from peft_mask import MaskConfig, SparsitySchedule, create_mask_optimizer, spend_budget
+from peft_mask.recipes.causal_lm import pack
 
 BLOCK_SIZE = 128
 KEY = ("data", "dtype", "steps", "batch_size", "method", "rate")

@@ -19,9 +19,9 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.answers import greedy_answers
 from examples.problems import load_problems
 from examples.rewards import share_right
+from peft_mask.recipes.answers import greedy_answers
 
 HUB_NAME = "openai/gsm8k"
 ASK = "{} Think step by step, and end with #### and the number."

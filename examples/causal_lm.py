@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import math
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,12 @@ from transformers import (
     set_seed,
 )
 
-from examples import launched
-from examples.card import command_of, write_card
-from examples.files import load_file
-from examples.script import pretrained
 from peft_mask import MaskCallback, MaskConfig, create_mask_optimizer
+from peft_mask.recipes import launched
+from peft_mask.recipes.card import command_of, write_card
+from peft_mask.recipes.causal_lm import as_dataset, hold_out, load_texts, pack
+from peft_mask.recipes.models import pretrained
 
-FILE_TYPES = {
-    ".csv": "table",
-    ".tsv": "table",
-    ".json": "json",
-    ".jsonl": "json lines",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
 BASE = "__base__"  # PEFT's name for rows of a batch without an adapter
 
 
@@ -75,24 +66,6 @@ class ScriptArguments:
     max_new_tokens: int = field(default=20, metadata={"help": "Length of the continuations."})
 
 
-def load_texts(option: str, name: str, column: str) -> Dataset:
-    """Load the rows of a file that have a text.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if its type is unknown, or the column is missing or holds something else than texts.
-    """
-    rows = load_file(option, name, FILE_TYPES)
-    if column not in rows.column_names:
-        raise ValueError(f"{name}: there is no column {column!r}, the file has {rows.column_names}; see --text_column.")
-    if (kind := getattr(rows.features[column], "dtype", "lists")) not in ("string", "large_string"):
-        raise ValueError(f"{name}: column {column!r} holds {kind}, not texts; see --text_column.")
-    rows = rows.filter(bool, input_columns=column)
-    if len(rows) == 0:
-        raise ValueError(f"{name}: column {column!r} is empty in every row; expected texts.")
-    return rows
-
-
 def load_splits(arguments: ScriptArguments, seed: int) -> dict[str, tuple[Dataset, Dataset]]:
     """Load (training rows, held-out rows) by the name of the mask that will be learned from them.
 
@@ -114,38 +87,9 @@ def load_splits(arguments: ScriptArguments, seed: int) -> dict[str, tuple[Datase
         if arguments.test_files is not None:
             splits[name] = train, load_texts("test_files", arguments.test_files[index], arguments.text_column)
         else:
-            if len(train) < 2:
-                raise ValueError(
-                    f"{file}: one text cannot be both learned and held out; add texts, or give --test_files."
-                )
-            parts = train.train_test_split(test_size=0.1, seed=seed)
+            parts = hold_out(train, seed)
             splits[name] = parts["train"], parts["test"]
     return splits
-
-
-def pack(texts: Iterable[str], tokenizer: Any, block_size: int) -> torch.Tensor:
-    """Join texts, an end-of-text token after each, and cut the tokens into blocks; what does not fill one is left out.
-
-    Returns:
-        int64 of shape (blocks, block_size).
-
-    Raises:
-        ValueError: if the tokenizer has no such token, or the texts do not fill a block.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_token): take the one of a causal language model.")
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    tokens = torch.tensor([*chain.from_iterable([*text, tokenizer.eos_token_id] for text in ids)], dtype=torch.long)
-    if len(tokens) < block_size:
-        raise ValueError(
-            f"{len(ids)} texts have {len(tokens)} tokens, less than one block: lower --block_size {block_size}."
-        )
-    return tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
-
-
-def as_dataset(blocks: torch.Tensor) -> Dataset:
-    """Make of blocks what Trainer takes; the model itself shifts the labels by one token."""
-    return Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
 
 
 def with_masks(base: PreTrainedModel, names: Sequence[str], arguments: ScriptArguments) -> PeftModel:

@@ -28,14 +28,17 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from examples import launched
-from examples.answers import check_whole, greedy_answers, inference
 from examples.arithmetic import sums
-from examples.card import command_of, write_card
 from examples.problems import hold_out, load_problems, take
 from examples.rewards import correct, share_right
-from examples.script import OptimizerTrainer, pretrained, set_device_defaults, targets_of
 from peft_mask import MASK_LR, MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
+from peft_mask.recipes import launched
+from peft_mask.recipes.answers import check_whole, greedy_answers, inference
+from peft_mask.recipes.card import command_of, write_card
+from peft_mask.recipes.mask_arguments import targets_of
+from peft_mask.recipes.models import pretrained
+from peft_mask.recipes.script import set_device_defaults
+from peft_mask.recipes.trainer import OptimizerTrainer
 
 SPARSITY = 0.0001  # votes are noisy: with five times as many a small model was never right any more (docs/grpo.md)
 CANDIDATES = "off-principal"

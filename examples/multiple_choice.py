@@ -19,9 +19,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice, EvalPrediction
 
-from examples import launched
-from examples.rows import check_filled, source_of
-from examples.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
+from peft_mask.recipes import launched
+from peft_mask.recipes.rows import check_filled, source_of
+from peft_mask.recipes.script import ScriptArguments, Task, choose_test_split, logits_of, run, used_splits
 
 
 def pairs(row: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from examples.chat import FILE_TYPES, Message, as_messages, check_messages, render
-from examples.files import load_file
 from examples.rewards import last_number
-from examples.rows import check_filled, source_of
+from peft_mask.recipes.chat import FILE_TYPES, Message, as_messages, check_messages, render
+from peft_mask.recipes.files import load_file
+from peft_mask.recipes.rows import check_filled, source_of
 
 
 def load_problems(option: str, name: str, tokenizer: Any) -> Dataset:

@@ -26,9 +26,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
-from examples import launched
-from examples.rows import check_filled, check_texts, is_file, source_of
-from examples.script import ScriptArguments, Task, choose_test_split, run, used_splits
+from peft_mask.recipes import launched
+from peft_mask.recipes.rows import check_filled, check_texts, is_file, source_of
+from peft_mask.recipes.script import ScriptArguments, Task, choose_test_split, run, used_splits
 
 COLUMNS = ("question", "context", "answers")
 

@@ -8,6 +8,7 @@ PEFT, too: a program that only reads and writes masks needs torch, numpy and saf
 from typing import TYPE_CHECKING
 
 from peft_mask.format.masks import Masks
+from peft_mask.tensors.four_bits import kernels_unmentioned
 
 __version__ = "0.1.0"
 
@@ -45,8 +46,9 @@ __all__ = [
 ]
 
 try:
-    import peft
-    import transformers  # noqa: F401
+    with kernels_unmentioned():
+        import peft
+        import transformers  # noqa: F401
 except ImportError as error:
     _reason = error  # `error` is gone after this block
 

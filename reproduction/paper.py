@@ -36,11 +36,12 @@ from transformers import (
 )
 
 from benchmarks.accuracy.runs import environment
-from examples import launched, multiple_choice, text_classification, token_classification
-from examples.script import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
-from examples.text_classification import TextArguments
-from examples.token_classification import TagArguments
+from examples import multiple_choice
 from peft_mask import MaskConfig, MaskStatistics, create_mask_optimizer
+from peft_mask.recipes import launched, text_classification, token_classification
+from peft_mask.recipes.script import FILE_TYPES, ScriptArguments, load_splits, score, trainer_of
+from peft_mask.recipes.text_classification import TextArguments
+from peft_mask.recipes.token_classification import TagArguments
 
 FIRST_BLOCK = 2  # the lowest that is masked, of BERT's and RoBERTa's twelve and of DistilBERT's six
 PATIENCE = 2  # epochs without a better evaluation
@@ -77,7 +78,7 @@ def _glue(name: str, metric: str, *columns: str) -> PaperTask:
 
 
 def _texts(*columns: str, label: str = "label") -> dict[str, Any]:
-    return {"text_column_names": list(columns), "label_column_name": label}
+    return {"text_column": list(columns), "label_column": label}
 
 
 # Data sets whose loading script `datasets` no longer runs are taken as the files the Hub made of them.
@@ -93,11 +94,11 @@ TASKS = {
     "trec": PaperTask("accuracy", ("CogComp/trec", None, FILES), _texts("text", label="coarse_label"), dev=0.1),
     "ag": PaperTask("accuracy", ("fancyzhx/ag_news",), _texts("text"), dev=0.2),
     # Penn Treebank, sections as of Collins: licensed by the LDC
-    "pos": PaperTask("accuracy", None, {"text_column_name": "tokens", "label_column_name": "tags"}, TagArguments),
+    "pos": PaperTask("accuracy", None, {"text_column": "tokens", "label_column": "tags"}, TagArguments),
     "ner": PaperTask(
         "f1",
         ("eriktks/conll2003", None, FILES),
-        {"text_column_name": "tokens", "label_column_name": "ner_tags"},
+        {"text_column": "tokens", "label_column": "ner_tags"},
         TagArguments,
     ),
     "swag": PaperTask("accuracy", ("allenai/swag", "regular"), {}, ScriptArguments),
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"error: {error}") from None
     base = task.load(arguments.model_name_or_path)
     model: Any = masked(base, task.task_type, seed) if arguments.method == "mask" else base
-    trainer = trainer_of(model, partial(optimizer_of, lr=lr), task, tokenizer, training_arguments)
+    trainer = trainer_of(model, partial(optimizer_of, lr=lr), task, training_arguments)
     batch = training_arguments.train_batch_size * training_arguments.gradient_accumulation_steps
     steps = math.ceil(len(task.data["train"]) / (batch * training_arguments.world_size))
     evaluations = max(1, round(PATIENCE * steps / training_arguments.eval_steps))

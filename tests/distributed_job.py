@@ -19,8 +19,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from examples.script import OptimizerTrainer
 from peft_mask import MaskCallback, MaskConfig, SparsitySchedule, create_mask_optimizer
+from peft_mask.recipes.trainer import OptimizerTrainer
 from peft_mask.tensors.sharded import is_taken_away
 from tests.processes import leave
 from tests.tiny_models import tiny_inputs, tiny_model

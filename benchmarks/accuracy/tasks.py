@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from examples.tagging import IGNORED, label_last_pieces, read_columns
+from peft_mask.recipes.tagging import IGNORED, label_last_pieces, read_columns
 
 Split = Literal["train", "dev", "test"]
 

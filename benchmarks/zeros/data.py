@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.causal_lm import pack
+from peft_mask.recipes.causal_lm import pack
 
 BLOCK_SIZE = 128
 SPLITS = {"dev": 32, "test": 48}  # blocks of texts that are scored

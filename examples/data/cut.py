@@ -17,7 +17,7 @@ import random
 import unicodedata
 from pathlib import Path
 
-from examples.tagging import Sentence, read_columns
+from peft_mask.recipes.tagging import Sentence, read_columns
 
 HERE = Path(__file__).parent
 SEED = 0

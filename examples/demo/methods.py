@@ -13,11 +13,12 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW, Optimizer
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from examples.demo.progress import Peek, Progress
 from examples.demo.tasks import BaseModel, Task
-from examples.script import file_bytes
 from peft_mask import HEAD_LR, MaskCallback, MaskConfig, Masks, create_mask_optimizer
+from peft_mask.recipes.script import file_bytes
 
 HEAD = "classifier"  # the module that transformers adds for the task
 
@@ -69,8 +70,11 @@ def _adamw(model: Any, lr: float) -> Optimizer:
 METHODS: dict[str, Callable[[Any], Setup]] = {"mask": mask, "LoRA r=8": lora, "full fine-tuning": full}
 
 
-def train(method: str, task: Task, base: BaseModel, steps: int, folder: Path) -> Result:
-    """Train one method on one task, save it to `folder`, and score it once on the test sentences."""
+def train(method: str, task: Task, base: BaseModel, steps: int, folder: Path, peek: Peek | None = None) -> Result:
+    """Train one method on one task, save it to `folder`, and score it once on the test sentences.
+
+    `peek` is asked early how well the model does.
+    """
     model, optimizer, callbacks = METHODS[method](base.load(task))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -85,6 +89,7 @@ def train(method: str, task: Task, base: BaseModel, steps: int, folder: Path) ->
         report_to="none",
         dataloader_pin_memory=False,
         use_cpu=True,
+        disable_tqdm=True,
         **_grouped_by_length(),
     )
 
@@ -99,8 +104,9 @@ def train(method: str, task: Task, base: BaseModel, steps: int, folder: Path) ->
         compute_metrics=compute_score,
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
         optimizers=(optimizer, None),  # None: linear decay
-        callbacks=callbacks,
+        callbacks=[*callbacks, Progress(peek)],
     )
+    trainer.remove_callback(PrinterCallback)  # which prints dictionaries
     seconds = trainer.train().metrics["train_runtime"]
     scored = trainer.evaluate(task.test, metric_key_prefix="test")
     model.save_pretrained(folder)

@@ -11,18 +11,17 @@ HEADER = (
     "task",
     "method",
     "metric",
-    "test score",
-    "trained parameters",
+    "test",
+    "trained",
     "adapter bytes",
     "head bytes",
     "sparsity",
-    "bits per masked weight",
-    "training time",
+    "time",
 )
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return a markdown table; time is relative to full fine-tuning on the same task."""
+    """Return a markdown table that fits 120 columns; time is relative to full fine-tuning on the same task."""
     full_seconds = {result.task: result.seconds for result in results if result.method == "full fine-tuning"}
     rows = [HEADER]
     for result in results:
@@ -37,7 +36,6 @@ def table(results: Sequence[Result]) -> str:
                 _cell(result.adapter_bytes, "{:,}"),
                 _cell(result.head_bytes, "{:,}"),
                 _cell(result.sparsity, "{:.2%}"),
-                _cell(result.bits_per_weight, "{:.3f}"),
                 _cell(result.seconds / full if result.seconds and full else None, "{:.2f} x"),
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from examples.tagging import IGNORED, Sentence, label_last_pieces, read_columns, span_f1, token_accuracy
+from peft_mask.recipes.tagging import IGNORED, Sentence, label_last_pieces, read_columns, span_f1, token_accuracy
 
 DATA = Path(__file__).parents[1] / "data"
 METRICS = {"ud_ewt_pos": "token accuracy", "wnut17": "span F1"}
@@ -110,6 +110,34 @@ def encode(sentences: list[Sentence], tokenizer: Any, labels: list[str]) -> Data
             }
         )
     return Dataset.from_list(rows)
+
+
+def first_look(task: Task, base: BaseModel, sentences: int = 100) -> Callable[[Any], str]:
+    """Return what says how a model does on the first test sentences, and how it tags one of them."""
+    rows = task.test.select(range(min(sentences, len(task.test))))
+    tokenizer, collator = base.tokenizer(), base.collator()
+    example = min(rows["input_ids"], key=lambda pieces: abs(len(pieces) - 10))
+
+    def look(model: Any) -> str:
+        predicted, expected = [], []
+        for batch in DataLoader(rows, batch_size=50, collate_fn=collator):
+            expected.extend(batch.pop("labels").numpy())
+            predicted.extend(_tags(model, batch))
+        tags = _tags(model, {"input_ids": torch.tensor([example])})[0]
+        tagged = " ".join(
+            f"{tokenizer.convert_ids_to_tokens(piece)}/{task.labels[tag]}"
+            for piece, tag in zip(example, tags, strict=True)
+            if piece not in tokenizer.all_special_ids
+        )
+        score = task.score(predicted, expected)
+        return f"  A first look, at {len(rows)} test sentences: {task.metric} {score:.2f}. One of them:\n    {tagged}"
+
+    return look
+
+
+def _tags(model: Any, batch: Any) -> NDArray[Any]:
+    with torch.no_grad():
+        return model(**batch).logits.argmax(-1).numpy()
 
 
 class WordStates(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +111,6 @@ def load_base(place: str, adapter: Adapter, dtype: str = "auto", quantized: str 
             own = {"num_labels": labels, "ignore_mismatched_sizes": True}
     if quantized is not None:
         own["quantization_config"] = _quantization(quantized)
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it tells which kernels it lacks
     with quietly():
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True, **own)
     _resize(model, adapter)

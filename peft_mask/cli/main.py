@@ -13,14 +13,15 @@ from typing import NoReturn
 from huggingface_hub.utils import logging as hub_logging
 
 from peft_mask import __version__
-from peft_mask.cli import combine, convert, diff, env, estimate, inspect, merge, report, serve, verify
+from peft_mask.cli import combine, convert, diff, env, estimate, inspect, merge, report, serve, train, verify
 from peft_mask.cli.answer import FAILED, OK, Answer, one_line
 
-COMMANDS = (inspect, diff, verify, combine, convert, merge, estimate, report, serve, env)
+COMMANDS = (train, inspect, diff, verify, combine, convert, merge, estimate, report, serve, env)
 INTERRUPTED = 130  # what shells give for Ctrl-C
 
 _EXAMPLES = """\
 examples:
+  peft-mask train task.yaml
   peft-mask inspect runs/trec
   peft-mask verify runs/trec --base sentence-transformers/all-MiniLM-L6-v2
   peft-mask estimate --model meta-llama/Llama-3.2-1B --card 24GB
@@ -41,7 +42,7 @@ def build() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = Parser(
         prog="peft-mask",
-        description="Look at masks, compare, check, combine, convert, merge and serve them.",
+        description="Learn masks, look at them, compare, check, combine, convert, merge and serve them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,6 +55,22 @@ def build() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="print JSON, for programs")
         one.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
+
+
+def read(typed: Sequence[str]) -> argparse.Namespace:
+    """Return the options of what was typed; those of `train` are fields, which its task knows."""
+    parser = build()
+    if typed[:1] != ["train"]:
+        return parser.parse_args(typed)
+    asked = [word for word in typed if word in ("-h", "--help")]
+    has_task = any(word.partition("=")[0] == "--task" for word in typed)
+    if asked and not has_task:
+        return parser.parse_args(["train", "--help"])
+    own = [word for word in typed[1:] if word in ("--json", "--traceback")]
+    options = parser.parse_args(["train", *own])
+    train.read(options, [word for word in typed[1:] if word not in (*own, *asked)])
+    options.fields = bool(asked)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if typed[:1] == ["serve"]:
         return serve.serve(typed[1:])
-    options = build().parse_args(typed)
+    options = read(typed)
     try:
         with _short_warnings():
             answer: Answer = options.run(options)

@@ -1,7 +1,8 @@
-"""What bitsandbytes' weights of 4 bits take, also on the meta device, where nothing can be quantized."""
+"""What bitsandbytes' weights of 4 bits take, also on the meta device, where nothing can be quantized; its import."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 _NESTED = 256  # scales that share one of the second level, as bitsandbytes has it
+_KERNELS = "bitsandbytes.backends.cpu.ops"  # the logger that says which faster kernel is not installed
 _TABLES = 4 * 16, 4 * (256 + 1)  # bytes of the values of the codes, and of those of nested scales, with their offset
 
 
@@ -50,3 +52,19 @@ def as_if_quantized(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.quant_state = None
+
+
+@contextmanager
+def kernels_unmentioned() -> Iterator[None]:
+    """Let bitsandbytes be imported without a warning that a kernel for products in 4 bits on CPUs is not installed.
+
+    PEFT imports it for every model, so that whoever masks or reads one in floats would be told. All else that
+    bitsandbytes has to say is said, and afterwards this as well.
+    """
+    logger = logging.getLogger(_KERNELS)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -30,7 +30,7 @@ def test_the_help_fits_a_screen_and_names_every_command(run):
     assert [name for name in NAMES if f"    {name} " not in said.out] == []
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"serve"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"serve", "train"}))
 def test_the_help_of_a_command_fits_a_screen_and_has_examples_that_parse(name, run):
     said = run(name, "--help")
     assert said.code == 0
@@ -49,8 +49,7 @@ def test_the_script_and_the_module_are_the_same_command():
         [sys.executable, "-m", "peft_mask", "inspect", "nowhere"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert (ran.returncode, ran.stdout) == (2, "")
-    # bitsandbytes may say before that which kernels it lacks
-    assert ran.stderr.splitlines(keepends=True)[-1] == (
+    assert ran.stderr == (
         "peft-mask inspect: error: there is no folder 'nowhere', and it is no id on the Hub like 'user/name': "
         "check the name.\n"
     )

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.versions import LOADS_BY_NAME, LOADS_HEADS, MANAGES_ADAPTERS, RUNS_ON_META
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-LANGUAGES = {"python", "bash", "text", "json", "bibtex"}
+LANGUAGES = {"python", "bash", "text", "json", "yaml", "bibtex"}
 
 _FENCE = re.compile(r"^ {0,3}(?P<marks>```+|~~~+)(?P<language>[^`]*)$")
 _NOT_RUN = re.compile(r"^ {0,3}<!-- not run: (?P<reason>\S.*?) -->$")
@@ -143,6 +144,10 @@ def test_json_blocks_parse():
             json.loads(block.source)
         except ValueError as error:
             pytest.fail(f"{block.where}: {error}")
+
+
+def test_yaml_blocks_are_objects():
+    assert [block.where for block in _select("yaml") if not isinstance(yaml.safe_load(block.source), dict)] == []
 
 
 def test_shell_blocks_parse_and_name_what_exists():

@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import sft
-from examples.answers import greedy_answers, perplexity, score
 from peft_mask import MaskCallback
+from peft_mask.recipes import sft
+from peft_mask.recipes.answers import greedy_answers, perplexity, score
 from tests.chat_models import CHATS, chat, line, tiny_chat_model, write
 from tests.processes import launch
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from examples import sft
-from examples.chat import answers_of, check_markers, load_conversations
+from peft_mask.recipes import sft
+from peft_mask.recipes.chat import answers_of, check_markers, load_conversations
 from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
 
@@ -245,7 +245,7 @@ def test_a_model_in_parts_is_refused(model, tmp_path, monkeypatch):
             launched.setenv(switch, "true")
             refused(model, tmp_path, message.format("FSDP" if "FSDP" in switch else "parallelism_config"))
     refused(model, tmp_path, message.format("FSDP"), CHATS, "--fsdp")
-    monkeypatch.setattr("examples.answers.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("peft_mask.recipes.answers.is_deepspeed_zero3_enabled", lambda: True)
     refused(model, tmp_path, message.format("ZeRO-3"))
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from examples.conll import read_conll
-from examples.files import FILE_TYPES, load_file
-from examples.tagging import read_columns
+from peft_mask.recipes.conll import read_conll
+from peft_mask.recipes.files import FILE_TYPES, load_file
+from peft_mask.recipes.tagging import read_columns
 
 TEXTS = {"text": ["My card, where?", "free"], "label": ["07", "NA"]}
 SENTENCES = {"tokens": [["EU", "rejects"], ["German"]], "tags": [["B-ORG", "O"], ["B-MISC"]]}
@@ -172,14 +172,12 @@ def test_the_tag_of_conllu_is_the_part_of_speech_and_every_column_has_its_name(t
     assert rows["tokens"][:] == [["do", "n't", "go"]]
     assert rows["tags"][:] == rows["upos"][:] == [["AUX", "PART", "VERB"]]
     assert rows["xpos"][:] == [["VB", "RB", "VB"]]
-    assert (
-        "a.conllu: the tags are column upos; --label_column_name chooses another of id, form" in capsys.readouterr().out
-    )
+    assert "a.conllu: the tags are column upos; --label_column chooses another of id, form" in capsys.readouterr().out
 
 
 def test_more_than_two_columns_are_known_by_their_numbers(tmp_path, capsys):
     assert load(tmp_path, "a.conll", "EU NNP B-ORG\n")["2"][:] == [["NNP"]]
-    assert "the tags are column 3; --label_column_name chooses another of 1, 2, 3" in capsys.readouterr().out
+    assert "the tags are column 3; --label_column chooses another of 1, 2, 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

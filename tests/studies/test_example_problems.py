@@ -12,8 +12,8 @@ from peft import get_peft_model
 from examples import grpo
 from examples.problems import hold_out, load_problems, take
 from examples.rewards import correct, last_number, share_right
-from examples.script import targets_of
 from peft_mask import MaskConfig, Masks
+from peft_mask.recipes.mask_arguments import targets_of
 from tests.studies.test_example_grpo import tokenizer
 from tests.tiny_models import tiny_model
 

@@ -8,11 +8,11 @@ from datasets import ClassLabel, Dataset, Features, List
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
-from examples import script
-from examples.card import command_of, write_card
-from examples.rows import check_filled, hold_out, label_names, label_numbers
-from examples.text_classification import TextArguments
 from peft_mask import Masks
+from peft_mask.recipes import script
+from peft_mask.recipes.card import command_of, write_card
+from peft_mask.recipes.rows import check_filled, hold_out, label_names, label_numbers
+from peft_mask.recipes.text_classification import TextArguments
 from tests.studies.test_examples import ROWS, run_script, write_csv
 
 

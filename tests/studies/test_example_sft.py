@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from examples import sft
-from examples.answers import perplexity, score
 from peft_mask import Masks
+from peft_mask.recipes import sft
+from peft_mask.recipes.answers import perplexity, score
 from tests.chat_models import CHATML, CHATS, PAIRS, chat, line, tiny_chat_model, write
 
 NEW = ["<|im_start|>", "<|im_end|>"]

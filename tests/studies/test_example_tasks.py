@@ -18,12 +18,13 @@ from transformers import (
     EvalPrediction,
 )
 
-from examples import multiple_choice, question_answering, text_classification, token_classification
-from examples import script as shared
+from examples import multiple_choice, question_answering
 from examples.question_answering import AnswerArguments
-from examples.tagging import IGNORED
 from peft_mask import MaskConfig
 from peft_mask.analysis import adapter_logits, ensemble, labels_of
+from peft_mask.recipes import script as shared
+from peft_mask.recipes import text_classification, token_classification
+from peft_mask.recipes.tagging import IGNORED
 from tests.studies.test_examples import write_jsonl
 
 CONTEXT = "a cat sat on the old oak in may"
@@ -82,7 +83,7 @@ def test_scripts_learn_from_local_files_and_the_head_travels(
 
 def test_the_tags_are_in_the_column_that_is_asked_for(tiny_bert, tmp_path):
     (tmp_path / "eng.txt").write_text("-DOCSTART- -X- -X- O\n\n" + "EU NNP B-NP B-ORG\nran VBZ B-VP O\n\n" * 10)
-    arguments = ["--train_file", str(tmp_path / "eng.txt"), "--label_column_name", "2"]
+    arguments = ["--train_file", str(tmp_path / "eng.txt"), "--label_column", "2"]
     assert run(token_classification, tiny_bert, tmp_path, *arguments).keys() == {"accuracy", "mask_bytes", "head_bytes"}
     assert json.loads((tmp_path / "labels.json").read_text("utf-8")) == ["NNP", "VBZ"]
 
@@ -213,7 +214,7 @@ def test_squad_scores_words_without_articles_and_takes_the_best_answer():
             "column 'label': expected the number of the right choice, from 0 to 1, got 2",
         ),
         (question_answering, [{"question": "a", "answers": {"text": [], "answer_start": []}}], r"\['context'\]"),
-        (token_classification, [{"text": ["a"], "tags": ["X"]}], r"name the column with --text_column_name"),
+        (token_classification, [{"text": ["a"], "tags": ["X"]}], r"name the column with --text_column"),
         (
             token_classification,
             [{"tokens": ["a", "b"], "tags": ["X"]}],
@@ -296,7 +297,7 @@ def test_what_the_readme_shows_loads_and_predicts(tiny_bert, tmp_path, monkeypat
         base = auto.from_pretrained(tiny_bert, **({"num_labels": 3} if labels else {}))
         get_peft_model(base, MaskConfig(task_type=task_type)).save_pretrained(tmp_path / name)
         (tmp_path / name / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
-    text = Path(shared.__file__).with_name("README.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "examples" / "README.md").read_text("utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     monkeypatch.chdir(tmp_path)
     source = "".join(blocks[:2]).replace("sentence-transformers/all-MiniLM-L6-v2", tiny_bert)

@@ -1,6 +1,7 @@
 """The examples, run on a tiny random model: what they write, what they check, and what they say to wrong input."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from examples import script, text_classification
 from examples.data import cut
 from examples.demo import __main__ as demo
 from examples.demo import methods, tasks
 from examples.demo.methods import METHODS, Result
 from examples.demo.report import table
 from examples.demo.tasks import DATA, BaseModel, Task
-from examples.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask import MaskConfig, Masks
+from peft_mask.cli.main import main
+from peft_mask.recipes import script, text_classification
+from peft_mask.recipes.tagging import IGNORED, label_last_pieces, read_columns, span_f1, spans, token_accuracy
 from peft_mask.training.optimizer import HEAD_LR
 from tests.processes import launch
 
@@ -92,16 +94,16 @@ def test_script_takes_pairs_and_holds_out_rows_if_there_is_no_test_file(tiny_ber
         (["--train_file", "gone.csv"], r"--train_file gone.csv: there is no such file"),
         (["--train_file", "table.xlsx"], r"--train_file table.xlsx: expected a file that ends in one of .csv"),
         (
-            ["--train_file", "TRAIN", "--text_column_names", "body"],
+            ["--train_file", "TRAIN", "--text_column", "body"],
             r"there is no column \['body'\]; .*\['text', 'label'\]",
         ),
-        (["--train_file", "TRAIN", "--label_column_name", "klass"], r"there is no column \['klass'\]"),
+        (["--train_file", "TRAIN", "--label_column", "klass"], r"there is no column \['klass'\]"),
         (
-            ["--train_file", "TRAIN", "--text_column_names", "text", "label", "text"],
+            ["--train_file", "TRAIN", "--text_column", "text", "label", "text"],
             r"name one text column, or two for pairs",
         ),
-        (["--train_file", "NO_LABEL"], r"name the column with --label_column_name"),
-        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_column_names"),
+        (["--train_file", "NO_LABEL"], r"name the column with --label_column"),
+        (["--train_file", "NO_TEXT"], r"name one text column, or two for pairs, with --text_column"),
         (["--train_file", "TRAIN", "--test_file", "NEW_LABEL"], r"label 'fish' does not occur in the training data"),
         (["--train_file", "TRAIN", "--validation_file", "NO_LABEL"], r"there is no column \['label'\]"),
         (["--train_file", "TRAIN", "--target_bytes", "10"], r"target_bytes=10 is out of reach: .* take from \d+ bytes"),
@@ -181,6 +183,17 @@ def test_demo_trains_reports_and_serves(tiny_bert, few_sentences, tmp_path, caps
     assert output.count("  equal  ") == 7
     assert "DIFFERENT" not in output
     assert "(0 weights written over)" not in output
+    # a first result before the second training, what each step is for, and no dictionaries of Trainer's
+    assert re.search(r"A first look, at \d+ test sentences: token accuracy 0\.\d\d.*-> test", output, re.S)
+    assert [f"[{step}/5]" in output for step in range(1, 6)] == [True] * 5
+    assert "{'" not in output
+    *_, first, second = output.splitlines()
+    for line, name in ((first, "inspect"), (second, "report")):
+        program, typed, *arguments = line.split()
+        assert (program == "python" or Path(program).is_file(), typed) == (True, name)
+        assert main([typed, *arguments]) == 0
+    assert str(tmp_path / "accuracy_against_bytes.png") in output
+    assert max(len(line) for line in output.splitlines() if line.startswith("|")) <= 120
     rows = json.loads((tmp_path / "results.json").read_text())
     names = [row["method"] for row in rows if row["task"] == demo.FIRST]
     assert names == [demo.PROBE, "full fine-tuning", "LoRA r=8", "mask"]

@@ -13,8 +13,9 @@ from trl import ScriptArguments as TrlArguments
 
 from benchmarks import gpu_runs, gsm8k
 from benchmarks.metamath import __main__ as metamath
-from examples import grpo, sft
+from examples import grpo
 from examples.rewards import correct
+from peft_mask.recipes import sft
 from tests.project.test_documents import ROOT, blocks_of
 from tests.versions import RUNS_ON_META
 

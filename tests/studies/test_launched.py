@@ -10,7 +10,7 @@ from tests.processes import ROOT
 
 SCRIPT = """
 import atexit
-from examples import launched
+from peft_mask.recipes import launched
 
 atexit.register(lambda: print("Python's own end"))
 

@@ -8,10 +8,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizerFast
 
-from examples import script
-from examples.script import ScriptArguments
-from examples.token_classification import TagArguments
 from peft_mask import Masks
+from peft_mask.recipes import script
+from peft_mask.recipes.script import ScriptArguments
+from peft_mask.recipes.token_classification import TagArguments
 from reproduction import paper
 from reproduction.paper import TASKS
 from tests.studies.test_examples import write_jsonl
@@ -37,10 +37,10 @@ def rows_of(name, count=40):
         return [{"sent1": "a cat ran", "sent2": "it", **endings, "label": i % 4} for i in range(count)]
     if task.arguments is TagArguments:
         tags = [["B-x", "O"], ["O", "B-y"]]
-        names = columns["text_column_name"], columns["label_column_name"]
+        names = columns["text_column"], columns["label_column"]
         return [dict(zip(names, (["cat", "oak"], tags[i % 2]), strict=True)) for i in range(count)]
-    texts = columns["text_column_names"]
-    return [{**dict.fromkeys(texts, f"oak {i}"), columns["label_column_name"]: i % 2} for i in range(count)]
+    texts = columns["text_column"]
+    return [{**dict.fromkeys(texts, f"oak {i}"), columns["label_column"]: i % 2} for i in range(count)]
 
 
 def run(name, encoder, folder, *more):

@@ -1,10 +1,14 @@
 """What weights of 4 bits take is the same with and without any."""
 
+import logging
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from peft_mask.tensors.four_bits import as_if_quantized, bytes_beside, is_four_bits
+from peft_mask.tensors.four_bits import as_if_quantized, bytes_beside, is_four_bits, kernels_unmentioned
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -39,3 +43,13 @@ def test_only_weights_without_values_are_taken_for_quantized_and_left_as_they_we
     with pytest.raises(RuntimeError, match="of a test"), as_if_quantized(model):
         raise RuntimeError("of a test")
     assert model[0].weight.quant_state is None
+
+
+def test_the_import_says_nothing_of_kernels_and_the_logger_is_then_as_it_was():
+    ran = subprocess.run([sys.executable, "-c", "import peft_mask"], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.level
+    with kernels_unmentioned():
+        assert logger.getEffectiveLevel() == logging.ERROR
+    assert logger.level == before

@@ -136,7 +136,7 @@ def test_each_mask_has_the_bytes_that_were_asked_for(tiny_llama, tmp_path):
         (["--train_files", "NUMBERS"], r"column 'text' holds int64, not texts; see --text_column"),
         (["--train_files", "LISTS"], r"column 'text' holds lists, not texts; see --text_column"),
         (["--train_files", "BLANK"], r"blank.jsonl: column 'text' is empty in every row; expected texts"),
-        (["--train_files", "ONE"], r"one.jsonl: one text cannot be both learned and held out; .* --test_files"),
+        (["--train_files", "ONE"], r"one.jsonl: one text cannot be both learned and held out; .* --test_file"),
         (
             ["--train_files", "TEXTS", "--block_size", "4096"],
             r"\d+ tokens, less than one block: lower --block_size 4096",

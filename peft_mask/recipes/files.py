@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 from pyarrow import parquet
 
-from examples.conll import read_conll
+from peft_mask.recipes.conll import read_conll
 
 FILE_TYPES = {
     ".csv": "table",
@@ -72,7 +72,7 @@ def load_file(option: str, name: str, types: Mapping[str, str] = FILE_TYPES) -> 
     rows.info.description = source
     if reader == "columns" and len(names := rows.column_names) > 2:
         tag = "upos" if "upos" in names else names[-1]
-        print(f"{source}: the tags are column {tag}; --label_column_name chooses another of {', '.join(names[2:])}.")
+        print(f"{source}: the tags are column {tag}; --label_column chooses another of {', '.join(names[2:])}.")
     return rows
 
 
@@ -116,7 +116,7 @@ def text_of(data: bytes) -> str:
     return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
-def records(text: str, separator: str, quoting: int) -> list[Record]:
+def records(text: str, separator: str, quoting: Literal[0, 3]) -> list[Record]:
     """Return the rows of a table that hold something, the header first.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainingArguments
 
-from peft_mask import update_model_card
+from peft_mask.settings.card import update_model_card
 
 _BEGIN, _END = "<!-- examples: how it was trained -->", "<!-- end of examples -->"
 _AUTO_CLASSES = {
@@ -64,8 +64,10 @@ def write_card(
         facts: what else is known, such as the size of each split.
         labels: names of the classes in the order of the logits, if there are classes.
     """
-    kind = {"task_type": task, "dataset_type": data, "dataset_name": data}
-    results = [EvalResult(**kind, metric_type=name, metric_value=value) for name, value in figures.items()]
+    results = [
+        EvalResult(task_type=task, dataset_type=data, dataset_name=data, metric_type=name, metric_value=value)
+        for name, value in figures.items()
+    ]
     try:
         update_model_card(folder, results)
         card = ModelCard.load(folder / "README.md")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from examples.chat import Message, render
+from peft_mask.recipes.chat import Message, render
 
 
 def check_whole(settings: TrainingArguments) -> None:

@@ -29,6 +29,7 @@ def at_white_space(line: str) -> Cells:
 
 
 def at_tabs(line: str) -> Cells:
+    """Return the cells of a line that are separated by tabs."""
     return [cell.strip(" ") for cell in line.split("\t")]
 
 

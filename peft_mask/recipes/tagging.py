@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.conll import read_conll
+from peft_mask.recipes.conll import read_conll
 
 IGNORED = -100  # the label PyTorch's cross entropy leaves out
 
@@ -17,7 +17,7 @@ Span = tuple[int, int, str]  # first word, word after the last, type
 
 
 def read_columns(path: Path) -> list[Sentence]:
-    """Read the words and tags of a file in CoNLL columns; `examples.conll` says which columns they are.
+    """Read the words and tags of a file in CoNLL columns; `conll` says which columns they are.
 
     Raises:
         ValueError: if a line has more or fewer columns than the others.

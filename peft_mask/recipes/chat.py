@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from examples.files import load_file
+from peft_mask.recipes.files import load_file
 
 FILE_TYPES = {".csv": "table", ".tsv": "table", ".json": "json", ".jsonl": "json lines", ".parquet": "parquet"}
 ROLES = ("system", "user", "assistant")

@@ -24,22 +24,28 @@ from transformers import (
     set_seed,
 )
 
-from examples import launched
-from examples.card import command_of, write_card
-from examples.files import FILE_TYPES, load_file
-from examples.rows import check_columns, hold_out, is_file, source_of
-from peft_mask import HEAD_LR, MaskCallback, MaskConfig, create_mask_optimizer
+from peft_mask.recipes import launched
+from peft_mask.recipes.card import command_of, write_card
+from peft_mask.recipes.files import FILE_TYPES, load_file
+from peft_mask.recipes.mask_arguments import MaskArguments, mask_config
+from peft_mask.recipes.models import pretrained, told
+from peft_mask.recipes.rows import check_columns, hold_out, is_file, source_of
+from peft_mask.recipes.trainer import OptimizerTrainer
+from peft_mask.training.callback import MaskCallback
+from peft_mask.training.optimizer import HEAD_LR, create_mask_optimizer
 
-SHORTHANDS = ("all-linear", "gate-projections")  # of `target_modules`, where a text is else a pattern
 LABEL_COLUMNS = ("label", "labels", "intent", "category")
 
 
 @dataclass
-class ScriptArguments:
-    """What `TrainingArguments` does not say; the names are those of transformers' own examples."""
+class DataArguments(MaskArguments):
+    """Model and data; the names are those of transformers' own examples."""
 
     file_types: ClassVar[Mapping[str, str]] = FILE_TYPES  # endings of files, and what reads them
-    model_name_or_path: str = field(metadata={"help": "Encoder on the Hub, or a folder."})
+    model_name_or_path: str = field(metadata={"help": "Model on the Hub, or a folder."})
+    model_init_kwargs: str | None = field(
+        default=None, metadata={"help": "What else `from_pretrained` is told, a JSON object."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Its revision."})
@@ -48,37 +54,16 @@ class ScriptArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "File for evaluation during training."})
     test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """What `TrainingArguments` does not say."""
+
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
-    target_sparsity: float | None = field(default=None, metadata={"help": "Fraction of weights to switch off."})
-    target_bytes: int | None = field(default=None, metadata={"help": "Size of the mask's file, in its place."})
 
 
-Arguments = TypeVar("Arguments", bound=ScriptArguments)
-
-
-def pretrained(kind: Any, name: str, **settings: Any) -> Any:
-    """Load what `kind`, an auto class, makes of a folder or a model of the Hub.
-
-    Raises:
-        ValueError: if there is no such thing.
-    """
-    try:
-        return kind.from_pretrained(name, **settings)
-    except OSError as error:
-        raise ValueError(f"--model_name_or_path {name}: {str(error).splitlines()[0]}") from None
-
-
-def targets_of(names: list[str] | None) -> list[str] | str | None:
-    """Return what `--target_modules` means to PEFT: names of modules, or a shorthand, which stands alone.
-
-    Raises:
-        ValueError: if there is more beside it.
-    """
-    if found := [name for name in names or [] if name.lower() in SHORTHANDS]:
-        if len(names or []) > 1:
-            raise ValueError(f"--target_modules {found[0]} stands for modules itself; leave the other names out.")
-        return found[0].lower()
-    return names
+Arguments = TypeVar("Arguments", bound=DataArguments)
 
 
 @dataclass(frozen=True)
@@ -132,7 +117,7 @@ def parse(kind: type[Arguments], description: str, argv: Sequence[str] | None) -
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def load_splits(arguments: ScriptArguments) -> dict[str, Dataset]:
+def load_splits(arguments: DataArguments) -> dict[str, Dataset]:
     """Load the splits of a data set of the Hub or of local files, by name.
 
     Raises:
@@ -199,37 +184,12 @@ def file_bytes(file: Path, head: Collection[str]) -> tuple[int, int]:
     return file.stat().st_size - head_bytes, head_bytes
 
 
-class OptimizerTrainer(Trainer):
-    """A trainer that is told how to make its optimizer, as FSDP and DeepSpeed let it have none from outside.
-
-    Args:
-        make_optimizer: makes it of the model.
-        settings: those of `Trainer`.
-    """
-
-    def __init__(self, make_optimizer: Callable[[Any], torch.optim.Optimizer], **settings: Any) -> None:
-        super().__init__(**settings)
-        self.make_optimizer = make_optimizer
-        self.finish_card: Callable[[], None] | None = None  # what the card says of the training; pushing writes it anew
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = self.make_optimizer(self.model)
-        return self.optimizer
-
-    def create_model_card(self, *arguments: Any, **settings: Any) -> None:
-        super().create_model_card(*arguments, **settings)
-        if self.finish_card is not None and self.is_world_process_zero():
-            self.finish_card()
-
-
 def trainer_of(
     model: Any,
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
     task: Task,
-    tokenizer: Any,
     arguments: TrainingArguments,
-) -> Trainer:
+) -> OptimizerTrainer:
     """Put model and task together; the schedule is that of the arguments."""
     return OptimizerTrainer(
         make_optimizer,
@@ -237,14 +197,13 @@ def trainer_of(
         args=arguments,
         train_dataset=task.data["train"],
         eval_dataset=task.data.get("validation"),
-        processing_class=tokenizer,
-        data_collator=task.collator,
+        data_collator=partial(task.collator),  # which shows no tokenizer: it is the base's, and not to be saved
         compute_metrics=task.metrics,
         callbacks=[MaskCallback()] if isinstance(model, PeftModel) else None,
     )
 
 
-def score(trainer: Trainer, task: Task, arguments: ScriptArguments) -> dict[str, float]:
+def score(trainer: Trainer, task: Task, arguments: DataArguments) -> dict[str, float]:
     """Return the figures of the split to score at the end, by name."""
     found = trainer.evaluate(task.data[task.test], metric_key_prefix="test")
     beside = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -259,7 +218,7 @@ def run(
     argv: Sequence[str] | None,
     score: Callable[[Trainer, Task, Arguments], dict[str, float]] = score,
 ) -> dict[str, float]:
-    """Train a mask as the arguments say, save it, and return the figures that are printed.
+    """Train a mask as a command line says, save it, and return the figures that are printed.
 
     Of several processes the first one writes and prints; bytes of the file are among its figures alone.
 
@@ -269,49 +228,111 @@ def run(
         prepare: makes the task of splits, tokenizer, arguments and a seed.
         argv: the command line, by default that of the process.
         score: computes the figures of the trained model.
+
+    Raises:
+        SystemExit: if the data, the model or the settings are of no use; it says why.
     """
     arguments, training_arguments = parse(kind, description, argv)
-    set_seed(training_arguments.seed)
-    budget = {"target_sparsity": arguments.target_sparsity, "target_bytes": arguments.target_bytes}
     try:
-        splits = load_splits(arguments)
-        if "train" not in splits:
-            raise ValueError(f"{arguments.dataset_name} has no split 'train'; expected one, found {list(splits)}.")
-        tokenizer = pretrained(AutoTokenizer, arguments.model_name_or_path)
-        task = prepare(splits, tokenizer, arguments, training_arguments.seed)
-        base = task.load(arguments.model_name_or_path)
-        model = get_peft_model(base, MaskConfig(task_type=task.task_type, **budget))
+        ready = make_ready(arguments, training_arguments, prepare)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    figures = learn(ready, arguments, training_arguments, command_of(kind, argv, training_arguments), score)
+    if ready.trainer.is_world_process_zero():
+        sizes = {name: figures[name] for name in ("mask_bytes", "head_bytes")}
+        for name in (name for name in figures if name not in sizes):
+            print(f"{ready.task.test} {name} {figures[name]:.4f}")
+        mask, head = sizes.values()
+        print(f"{training_arguments.output_dir}: mask {mask:,} bytes, head {head:,} bytes")
+    return figures
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A trainer about to start.
+
+    Attributes:
+        trainer: with model and optimizer.
+        task: what it learns.
+        splits: the rows that it came from.
+    """
+
+    trainer: OptimizerTrainer
+    task: Task
+    splits: dict[str, Dataset]
+
+
+def make_ready(
+    arguments: Arguments,
+    training_arguments: TrainingArguments,
+    prepare: Callable[[dict[str, Dataset], Any, Arguments, int], Task],
+) -> Ready:
+    """Read data and model, and put a mask around it.
+
+    Raises:
+        ValueError: if the data, the model or the settings are of no use; it says why.
+        FileNotFoundError: if a file does not exist.
+    """
+    set_seed(training_arguments.seed)
+    splits = load_splits(arguments)
+    if "train" not in splits:
+        raise ValueError(f"{arguments.dataset_name} has no split 'train'; expected one, found {list(splits)}.")
+    tokenizer = pretrained(AutoTokenizer, arguments.model_name_or_path)
+    task = prepare(splits, tokenizer, arguments, training_arguments.seed)
+    base = task.load(arguments.model_name_or_path, **told(arguments.model_init_kwargs))
+    model = get_peft_model(base, mask_config(arguments, task.task_type))
     make_optimizer = partial(create_mask_optimizer, lr=training_arguments.learning_rate)
-    trainer = trainer_of(model, make_optimizer, task, tokenizer, training_arguments)
-    trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
+    return Ready(trainer_of(model, make_optimizer, task, training_arguments), task, splits)
+
+
+def learn(
+    ready: Ready,
+    arguments: Arguments,
+    training_arguments: TrainingArguments,
+    command: str,
+    score: Callable[[Trainer, Task, Arguments], dict[str, float]] = score,
+) -> dict[str, float]:
+    """Train, save the adapter with its card, and return the figures; of the first process also the bytes of the file.
+
+    Args:
+        ready: what `make_ready` returns.
+        arguments: what the task was made of.
+        training_arguments: those of the trainer.
+        command: what the card says that was typed.
+        score: computes the figures of the trained model.
+    """
+    trainer, task, splits = ready.trainer, ready.task, ready.splits
+    trainer.train(resume_from_checkpoint=checkpoint_of(training_arguments))
     figures = score(trainer, task, arguments)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        output = Path(training_arguments.output_dir)
+        output = Path(str(training_arguments.output_dir))
         if task.labels is not None:  # an adapter does not name them
             (output / "labels.json").write_text(json.dumps(task.labels), encoding="utf-8")
-        mask, head = file_bytes(output / "adapter_model.safetensors", model.peft_config["default"].modules_to_save)
+        heads = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"].modules_to_save
+        mask, head = file_bytes(output / "adapter_model.safetensors", heads or ())
         used = used_splits(splits, task.test)
+        scored = arguments.test_file or arguments.validation_file or arguments.train_file
         trainer.finish_card = partial(
             write_card,
             output,
-            command_of(kind, argv, training_arguments),
+            command,
             task.hub_tag,
-            arguments.dataset_name
-            or Path(arguments.test_file or arguments.validation_file or arguments.train_file).name,
+            arguments.dataset_name or Path(str(scored)).name,
             figures=dict(figures),
             facts={f"{name} rows": f"{len(splits[name])} of {source_of(splits[name])}" for name in used},
             labels=task.labels,
         )
         trainer.finish_card()
-        for name, value in figures.items():
-            print(f"{task.test} {name} {value:.4f}")
-        print(f"{output}: mask {mask:,} bytes, head {head:,} bytes")
         figures |= {"mask_bytes": mask, "head_bytes": head}
     if training_arguments.push_to_hub:
         trainer.push_to_hub(tasks=task.hub_tag, dataset=arguments.dataset_name)
     launched.keep(trainer)
     trainer.accelerator.end_training()
     return figures
+
+
+def checkpoint_of(arguments: TrainingArguments) -> str | bool | None:
+    """Return what `Trainer.train` is to resume from: a folder, True for the last checkpoint, or None."""
+    said = arguments.resume_from_checkpoint
+    return {"true": True, "false": None, "": None}.get(str(said).lower(), said) if said is not None else None
