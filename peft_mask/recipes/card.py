@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -16,10 +15,6 @@ from transformers import TrainingArguments
 from peft_mask.settings.card import update_model_card
 
 _BEGIN, _END = "<!-- examples: how it was trained -->", "<!-- end of examples -->"
-_AUTO_CLASSES = {
-    "text-classification": "AutoPeftModelForSequenceClassification",
-    "token-classification": "AutoPeftModelForTokenClassification",
-}
 
 
 def command_of(kind: type, argv: Sequence[str] | None, arguments: TrainingArguments) -> str:
@@ -86,18 +81,8 @@ def _section(
     lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()]
     parts = [_BEGIN, "## How it was trained", f"```bash\n{command}\n```", "\n".join(["| | |", "|---|---|", *lines])]
     if labels is not None:
-        name = _AUTO_CLASSES[task]
-        parts += [
-            f"Its {len(labels)} labels, in the order of the logits, stand in `labels.json`. With their names:",
-            f"""```python
-from peft import {name}
-
-import peft_mask
-
-labels = {json.dumps(list(labels), ensure_ascii=False)}
-model = {name}.from_pretrained("this/repository", id2label=dict(enumerate(labels)))
-```""",
-        ]
+        named = ", ".join(f"`{label}`" for label in labels)
+        parts.append(f"Its {len(labels)} labels, in the order of the logits: {named}. A loaded model has them.")
     return "\n\n".join([*parts, _END])
 
 

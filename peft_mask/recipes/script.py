@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,8 +306,6 @@ def learn(
     trainer.save_model()
     if trainer.is_world_process_zero():
         output = Path(str(training_arguments.output_dir))
-        if task.labels is not None:  # an adapter does not name them
-            (output / "labels.json").write_text(json.dumps(task.labels), encoding="utf-8")
         heads = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"].modules_to_save
         mask, head = file_bytes(output / "adapter_model.safetensors", heads or ())
         used = used_splits(splits, task.test)

@@ -57,7 +57,7 @@ def test_script_learns_from_local_files(tiny_bert, tmp_path, capsys, write, endi
     file_size = (out / "adapter_model.safetensors").stat().st_size
     assert figures["mask_bytes"] + figures["head_bytes"] == file_size
     assert figures["head_bytes"] == 4 * (2 * 32 + 2)  # float32 weight and bias of the classifier
-    assert json.loads((out / "labels.json").read_text()) == ["pet", "tree"]
+    assert MaskConfig.from_pretrained(out).label_names == ("pet", "tree")
     assert "test accuracy" in capsys.readouterr().out
     # what the printed files are for: the adapter loads, and its head has the labels' size
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
@@ -72,7 +72,7 @@ def test_script_runs_on_several_processes_of_which_the_first_writes_and_prints(t
     common += ["--per_device_train_batch_size", "4", "--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true"]
     printed = launch("examples/text_classification.py", *common, "--output_dir", str(tmp_path / "out"))
     assert printed.count("\ntest accuracy ") == printed.count("bytes, head 264 bytes") == 1
-    assert json.loads((tmp_path / "out/labels.json").read_text()) == ["pet", "tree"]
+    assert MaskConfig.from_pretrained(tmp_path / "out").label_names == ("pet", "tree")
     assert Masks.load(tmp_path / "out").sparsity > 0
 
 
