@@ -8,7 +8,8 @@ many held-out pairs the preferred reply is the likelier one, before and after, a
 right; `out/results.json` holds the same with the log of all steps. `--method lora` and `--method full` train the same
 steps by LoRA r=8 and of all weights, to compare.
 
-The reference of DPO is the model without its mask: no second one is loaded. Every argument of `trl.DPOConfig` works
+The loss is that of DPO and, beside it, the likelihood of the preferred replies; `--loss_type sigmoid` leaves that out.
+The reference is the model without its mask: no second one is loaded. Every argument of `trl.DPOConfig` works
 (`--beta`, `--loss_type`, `--max_length`, `--seed`, ...); `--help` lists them. For a mask there is no learning rate to
 choose.
 """
@@ -187,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(
         (ScriptArguments, DPOConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
+    parser.set_defaults(loss_type=["sigmoid", "sft"])  # the latter keeps the chosen replies likely (docs/dpo.md)
     parser.set_defaults(learning_rate=None, logging_steps=5, per_device_train_batch_size=8)
     parser.set_defaults(per_device_eval_batch_size=16, gradient_checkpointing=False, save_strategy="no")
     set_device_defaults(parser)

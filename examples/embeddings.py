@@ -3,11 +3,11 @@
     python -m examples.embeddings --train_file examples/data/banking77/train.csv \
         --test_file examples/data/banking77/test.csv --output_dir embedder
 
-makes pairs of two texts of one label and trains by `MultipleNegativesRankingLoss`. `--per_class 4` keeps four texts a
-label, for few examples in the way of SetFit: contrastive pairs first, then a logistic regression on the embeddings. It
-prints how many held-out texts have a nearest neighbor of their label, and how many that regression gets right, before
-and after; `embedder` is then loaded by `SentenceTransformer("embedder")`. `--method lora` and `--method full` train the
-same steps by LoRA r=8 and of all weights, to compare.
+draws pairs of two texts of one label, each of a batch of another label, and trains by `MultipleNegativesRankingLoss`.
+`--per_class 4` keeps four texts a label, for few examples in the way of SetFit: contrastive pairs first, then a
+logistic regression on the embeddings. It prints how many held-out texts have a nearest neighbor of their label, and how
+many that regression gets right, before and after; `embedder` is then loaded by `SentenceTransformer("embedder")`.
+`--method lora` and `--method full` train the same steps by LoRA r=8 and of all weights, to compare.
 
 The files are CSV, TSV, JSON, JSONL or Parquet with a column of texts and one of labels. Every argument of
 `SentenceTransformerTrainingArguments` works; `--help` lists them. For a mask there is no learning rate to choose.
@@ -31,9 +31,11 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, set_seed
 
 from examples.files import FILE_TYPES, load_file
@@ -107,18 +109,29 @@ def few(texts: Labelled, count: int | None, seed: int) -> Labelled:
     return {label: draw.sample(own, count_of[label]) for label, own in texts.items()}
 
 
-def pairs(texts: Labelled, seed: int) -> Dataset:
-    """Return each text as an anchor, with another of its label as the positive one.
+def pairs(texts: Labelled, steps: int, batch: int, seed: int) -> Dataset:
+    """Draw pairs of two texts of one label, in the order of the steps.
 
-    A batch may hold two pairs of one label, which its loss then takes for a negative: rare where labels are many.
+    The loss takes all other texts of a batch for negatives, so each of its pairs is of another label.
+
+    Args:
+        texts: two or more of each label.
+        steps: number of batches.
+        batch: pairs in each, no more than there are labels.
+        seed: of what is drawn.
+
+    Returns:
+        Rows of an "anchor" and its "positive".
     """
     draw = random.Random(seed)
-    rows = [
-        {"anchor": text, "positive": draw.choice([other for place, other in enumerate(own) if place != number])}
-        for own in texts.values()
-        for number, text in enumerate(own)
-    ]
-    return Dataset.from_list(rows)
+    labels = sorted(texts)
+    drawn = [draw.sample(texts[label], 2) for _ in range(steps) for label in draw.sample(labels, batch)]
+    return Dataset.from_list([{"anchor": anchor, "positive": positive} for anchor, positive in drawn])
+
+
+def in_order(rows: Dataset, batch_size: int, drop_last: bool, **_: Any) -> DefaultBatchSampler:
+    """Return batches of rows as they stand, where sentence-transformers would shuffle them."""
+    return DefaultBatchSampler(SequentialSampler(rows), batch_size=batch_size, drop_last=drop_last)
 
 
 def score(model: SentenceTransformer, train: Labelled, test: Labelled) -> dict[str, float]:
@@ -161,10 +174,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.set_defaults(learning_rate=None, per_device_train_batch_size=32, max_steps=60)
-    parser.set_defaults(batch_sampler="no_duplicates", save_strategy="no", report_to="none", logging_steps=10)
+    parser.set_defaults(save_strategy="no", report_to="none", logging_steps=10)
     set_device_defaults(parser)
     try:
         arguments, settings = parser.parse_args_into_dataclasses(args=argv)
+        if settings.max_steps < 1:
+            raise ValueError(f"--max_steps {settings.max_steps}: pairs are drawn for each step; give 1 or more.")
         settings.learning_rate = settings.learning_rate or LEARNING_RATES[arguments.method]
         set_seed(settings.seed)
         adapter = adapter_of(arguments)
@@ -184,10 +199,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if adapter is not None:
         model.add_adapter(adapter)  # the one line that is not in sentence-transformers' own scripts
     masks = arguments.method == "mask"
+    settings.per_device_train_batch_size = min(settings.per_device_train_batch_size, len(train))
+    settings.batch_sampler = in_order
+    batch, steps = settings.per_device_train_batch_size, settings.max_steps * settings.gradient_accumulation_steps
     trainer = SentenceTransformerTrainer(
         model,
         settings,
-        train_dataset=pairs(train, settings.seed),
+        train_dataset=pairs(train, steps, batch, settings.seed),
         loss=MultipleNegativesRankingLoss(model),
         optimizers=(create_mask_optimizer(model) if masks else None, None),
         callbacks=[MaskCallback()] if masks else None,

@@ -76,9 +76,17 @@ def test_few_texts_a_label_make_pairs_of_one_label(encoder, tmp_path, capsys):
     texts = {label: [f"{label} {number}" for number in range(5)] for label in ("a", "b")}
     chosen = embeddings.few(texts, 3, seed=0)
     assert {label: len(own) for label, own in chosen.items()} == {"a": 3, "b": 3}
-    made = embeddings.pairs(chosen, seed=0)
-    assert len(made) == 6
+
+
+def test_a_batch_has_pairs_of_different_labels_in_the_order_in_which_they_were_drawn():
+    texts = {label: [f"{label}{number}" for number in range(3)] for label in "abcd"}
+    made = embeddings.pairs(texts, steps=5, batch=3, seed=0)
+    assert len(made) == 15
     assert all(row["anchor"][0] == row["positive"][0] and row["anchor"] != row["positive"] for row in made)
+    batches = list(embeddings.in_order(made, batch_size=3, drop_last=False, seed=0))
+    assert batches == [[3 * step, 3 * step + 1, 3 * step + 2] for step in range(5)]
+    assert [len({made[place]["anchor"][0] for place in batch}) for batch in batches] == [3] * 5
+    assert made[:] == embeddings.pairs(texts, 5, 3, seed=0)[:] != embeddings.pairs(texts, 5, 3, seed=1)[:]
 
 
 def test_the_share_of_labels_is_counted_on_held_out_texts():
@@ -105,6 +113,7 @@ def test_the_share_of_labels_is_counted_on_held_out_texts():
         ([], {"test": (5, 10)}, r"--test_file .*: label 'label4' is not among those to learn from"),
         (["--label_column_name", "kind"], {}, r"there is no column \['kind'\]"),
         (["--method", "lora", "--target_bytes", "9000"], {}, r"--target_bytes says nothing to --method lora; leave it"),
+        (["--max_steps", "-1"], {}, r"--max_steps -1: pairs are drawn for each step; give 1 or more"),
         (["--target_sparsity", "2"], {}, r"target_sparsity must be"),
     ],
 )
