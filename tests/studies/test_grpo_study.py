@@ -88,4 +88,4 @@ def test_the_arguments_of_every_arm_are_ones_that_the_example_takes(name, folder
     arguments, settings = parser.parse_args_into_dataclasses(args=[*argv, "--use_cpu", "true"])
     assert settings.seed == 3
     assert settings.per_device_train_batch_size == ARMS[name].completions
-    assert grpo.adapter_of(arguments) is not None or name.startswith("full")
+    assert grpo.adapter_of(arguments, grpo.SPARSITY) is not None or name.startswith("full")
