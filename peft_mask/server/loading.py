@@ -60,6 +60,7 @@ def load_batcher(settings: ServerSettings) -> Batcher:
         raise ValueError(f"no adapter in '{settings.adapters}' is for the task {task.task_type}.")
     pattern, _ = max(found, key=lambda each: sum(key.endswith(BITS) for key in each[1]))
     pattern.inference_mode, pattern.base_model_name_or_path = True, None  # it may have another name here
+    pattern.id2label = None  # the head is for the adapter with the most labels, not for this one's
     try:
         with quietly():
             base = _load_base(settings, task, [shapes for _, shapes in found])
