@@ -32,6 +32,7 @@ _PAGES = {document: page for page, document in OUTSIDE.items()}
 _IMAGES = {".png", ".svg"}
 
 _LINK = re.compile(r"(?<!`)(?P<text>\[[^\]]*\]\()(?P<target>[^)\s]+)(?=\))")
+_SHORT_CODE = re.compile(r"<code>(?=[^<]{1,28}</code>)")
 _FENCED = re.compile(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1 *$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -55,6 +56,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links that work in the repository into links that work on the site."""
     document = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return with_links(markdown, lambda target: target_on_site(target, document, config.extra["repository"]))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark short names in code, which the style does not break over two lines."""
+    return _SHORT_CODE.sub('<code class="short">', html)
 
 
 def with_links(markdown: str, change: Callable[[str], str]) -> str:

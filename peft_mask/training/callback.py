@@ -46,7 +46,7 @@ class MaskCallback(TrainerCallback):
         after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
 
     Example:
-        Trainer(model=model, ..., callbacks=[MaskCallback()])
+        >>> trainer = Trainer(model=model, callbacks=[MaskCallback()])  # doctest: +SKIP
     """
 
     def __init__(
