@@ -39,6 +39,8 @@ def with_documents(text: str) -> str:
 
 
 def _link(named: re.Match[str]) -> str:
-    if not (DOCUMENTS / f"{named[1]}.md").is_file():
+    document = DOCUMENTS / f"{named[1]}.md"
+    if not document.is_file():
         raise PluginError(f"a docstring names '{named[0]}', which is not there; mend it.")
-    return f"[{named[1].replace('-', ' ')}]({named[1]}.md)"
+    title = document.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return f"[{title}]({document.name})"
