@@ -32,6 +32,9 @@ _PAGES = {document: page for page, document in OUTSIDE.items()}
 _IMAGES = {".png", ".svg"}
 
 _LINK = re.compile(r"(?<!`)(?P<text>\[[^\]]*\]\()(?P<target>[^)\s]+)(?=\))")
+_SHORT_CODE = re.compile(r"<code>(?=[^<]{1,28}</code>)")
+_CELL = re.compile(r"<td>(.*?)</td>", flags=re.DOTALL)
+_TAG = re.compile(r"<[^>]+>")
 _FENCED = re.compile(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1 *$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -55,6 +58,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links that work in the repository into links that work on the site."""
     document = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return with_links(markdown, lambda target: target_on_site(target, document, config.extra["repository"]))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark for the style: short code, which is not broken over lines, and cells of much text, which need some width."""
+    html = _SHORT_CODE.sub('<code class="short">', html)
+    return _CELL.sub(
+        lambda cell: cell[0].replace("<td>", '<td class="long">', 1) if _is_long(cell[1]) else cell[0], html
+    )
+
+
+def _is_long(cell: str) -> bool:
+    return len(_TAG.sub("", cell)) > 30
 
 
 def with_links(markdown: str, change: Callable[[str], str]) -> str:

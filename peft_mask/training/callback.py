@@ -22,31 +22,33 @@ from peft_mask.training.statistics import MaskStatistics, warn_of_unmoved
 class MaskCallback(TrainerCallback):
     """Logs the masks' figures beside the loss, and keeps the scores in checkpoints so that training can be resumed.
 
-    A thin door: `MaskStatistics` counts, and warns of a training that has moved no score, `keep_scores` decides what is
-    saved, `spend_budget` lets a budget grow, `fill_budget` brings a file to the bytes it was promised; custom loops
-    call these. With it, `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores, and a resumed
-    training ends as if it had never stopped. Hand it to `Trainer(callbacks=[...])`: added later, it counts flips from
-    the checkpoint. The adapter saved after training holds masks only, and so does what `hub_strategy="every_save"`
-    uploads. The strategies "checkpoint" and "all_checkpoints" upload checkpoints to resume from elsewhere, which takes
-    the scores.
+    Hand it to `Trainer(callbacks=[...])`. Added later, it counts flips from the checkpoint.
 
-    With `load_best_model_at_end` the model is the best checkpoint in the end also where the trainer could not load it:
-    an adapter that is not called "default", or a model of sentence-transformers. If that checkpoint is gone, a warning
-    says so, and the masks are the last ones.
+    - `resume_from_checkpoint` and `load_best_model_at_end` go on from the very scores. A resumed training ends as if it
+      had never stopped.
+    - The adapter saved after training holds masks only. So does what `hub_strategy="every_save"` uploads. The
+      strategies "checkpoint" and "all_checkpoints" upload scores as well, to resume from elsewhere.
+    - With `load_best_model_at_end` the model is the best checkpoint in the end, also where the trainer could not load
+      it: an adapter that is not called "default", or a model of sentence-transformers. If that checkpoint is gone, a
+      warning says so, and the masks are the last ones.
+
+    A loop of your own calls what this calls: `MaskStatistics` counts, and warns of a training that has moved no score,
+    `keep_scores` decides what is saved, `spend_budget` lets a budget grow, `fill_budget` brings a file to the bytes it
+    was promised.
 
     Args:
-        schedule: lets the budget grow; None: it is spent whole from the first step on. "auto": it grows as
-            `SparsitySchedule.gentle` says, from what masks spend at the start: new masks nothing, trained ones all of
-            it, those of a training that was interrupted a part. A training that is resumed goes on with the share of
-            its checkpoint, and gives no zeros back. What is evaluated or saved before `schedule.end` has fewer zeros
-            than the budget, and keeps them so if `load_best_model_at_end` chooses it or the training ends there; the
-            next training has the whole budget.
+        schedule: lets the budget grow. None: it is spent whole from the first step on. "auto": it grows as
+            `SparsitySchedule.gentle` says, from what masks spend at the start. New masks spend nothing, trained ones
+            all of it, those of a training that was interrupted a part. A training that is resumed goes on with the
+            share of its checkpoint, and gives no zeros back. What is evaluated or saved before `schedule.end` has fewer
+            zeros than the budget. It keeps them so if `load_best_model_at_end` chooses it or the training ends there.
+            The next training has the whole budget.
         before_step: called with the model between the backward pass and each step of the optimizer, in this order, such
             as `SparsityPenalty` and `GradientDropout`.
         after_step: called with the model after each step, such as `HoldSparsity` and `DecayTowardKept`.
 
     Example:
-        Trainer(model=model, ..., callbacks=[MaskCallback()])
+        >>> trainer = Trainer(model=model, callbacks=[MaskCallback()])  # doctest: +SKIP
     """
 
     def __init__(

@@ -14,11 +14,13 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from peft_mask import MaskCallback, MaskConfig, MaskLayer, SignAdamW
+from tests.project.test_documents import ROOT, blocks_of
 from tests.tiny_models import tiny_inputs, tiny_model
 
 NAME = "peft_mask.integrations.axolotl"
@@ -148,6 +150,18 @@ def test_axolotl_is_told_the_adapter_s_name_and_the_yaml_s_new_key(module):
     assert arguments(mask={"target_bytes": 50000}).mask == {"target_bytes": 50000}
     assert arguments().mask == {}
     assert [type(callback) for callback in plugin.add_callbacks_pre_trainer(settings(), None)] == [MaskCallback]
+
+
+def test_the_yaml_of_the_page_names_the_plugin_and_masks_what_it_says(module):
+    page = ROOT / "docs" / "neighbors.md"
+    (shown,) = (yaml.safe_load(block.source) for block in blocks_of(page) if block.language == "yaml")
+    assert shown.pop("plugins") == [f"{NAME}.{module.MaskPlugin.__name__}"]
+    model, config = module.MaskPlugin().load_adapter(tiny_model("llama", "lm"), Settings(shown))
+    assert isinstance(config, MaskConfig)
+    assert config.target_sparsity == shown["mask"]["target_sparsity"]
+    masked = [name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)]
+    assert len(masked) == 2  # one in each block
+    assert all(name.endswith(".gate_proj") for name in masked)
 
 
 @pytest.mark.parametrize(

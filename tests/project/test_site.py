@@ -72,6 +72,23 @@ def test_examples_are_the_section_that_griffe_knows(docstring):
     assert docstrings.with_examples(docstring) == "Do it.\n\nExamples:\n    >>> 1\n    1"
 
 
+def test_documents_that_a_docstring_names_are_links():
+    assert docstrings.with_documents("so (docs/how-masks-learn.md).") == "so ([How masks learn](how-masks-learn.md))."
+    with pytest.raises(PluginError, match=r"a docstring names 'docs/gone\.md', which is not there"):
+        docstrings.with_documents("see docs/gone.md")
+
+
+def test_short_code_is_marked_and_other_code_left_alone():
+    long = f"<code>{'x' * 40}</code>"
+    html = f"<p><code>--help</code> {long}</p><pre><code><span>a</span></code></pre>"
+    assert hooks.on_page_content(html, None, None, None) == html.replace("<code>--", '<code class="short">--')
+
+
+def test_cells_of_much_text_are_marked():
+    html = f"<tr><td>{'a' * 31}</td><td><b>short</b></td></tr>"
+    assert hooks.on_page_content(html, None, None, None) == html.replace("<td>a", '<td class="long">a')
+
+
 class Resources(HTMLParser):
     """What a page makes a browser fetch."""
 

@@ -7,13 +7,11 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
 
 from examples import grpo
 from examples.problems import hold_out, load_problems, take
 from examples.rewards import correct, last_number, share_right
-from peft_mask import MaskConfig, Masks
-from peft_mask.recipes.mask_arguments import targets_of
+from peft_mask import Masks
 from tests.studies.test_example_grpo import tokenizer
 from tests.tiny_models import tiny_model
 
@@ -187,25 +185,6 @@ def test_rows_are_either_learned_or_held_out_as_the_seed_says(tmp_path, count, h
     assert sorted(asked) == sorted(row["prompt"] for row in ROWS)
     assert hold_out(problems, count, seed=0)[1][:] == test[:]
     assert hold_out(problems, count, seed=1)[1][:] != test[:]
-
-
-# ---- modules ----
-
-
-@pytest.mark.parametrize("shorthand", ["all-linear", "gate-projections", "Gate-Projections"])
-def test_a_shorthand_for_modules_means_the_same_in_a_list_as_alone(shorthand):
-    named = [
-        get_peft_model(
-            tiny_model("llama", "lm"), MaskConfig(task_type="CAUSAL_LM", target_modules=targets)
-        ).targeted_module_names
-        for targets in (shorthand, targets_of([shorthand]))
-    ]
-    assert named[0] == named[1] != []
-
-
-@pytest.mark.parametrize("names", [None, [], ["q_proj"], ["q_proj", "gate_proj"], ["model.*"]])
-def test_other_names_of_modules_are_left_as_they_are(names):
-    assert targets_of(names) is names
 
 
 # ---- the script ----

@@ -14,17 +14,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    EvalPrediction,
 )
 
 from examples import multiple_choice, question_answering
 from examples.question_answering import AnswerArguments
 from peft_mask import MaskConfig
 from peft_mask.analysis import adapter_logits, ensemble, labels_of
-from peft_mask.recipes import script as shared
-from peft_mask.recipes import text_classification, token_classification
+from peft_mask.recipes import token_classification
 from peft_mask.recipes.tagging import IGNORED
-from tests.studies.test_examples import write_jsonl
+from tests.text_rows import write_jsonl
 
 CONTEXT = "a cat sat on the old oak in may"
 QUESTIONS = [
@@ -104,32 +102,10 @@ def test_the_head_of_a_multiple_choice_model_is_saved_without_being_named(tiny_b
         assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_tags_are_scored_as_words_and_as_spans():
-    logits = np.eye(3)[[[0, 1, 2], [2, 2, 2]]]  # predicted: B-a I-a O, O O O
-    labels = np.array([[0, 1, IGNORED], [IGNORED, 0, 2]])
-    metrics = token_classification.metrics_of(["B-a", "I-a", "O"])
-    assert metrics(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4, "f1": 2 / 3}
-    assert token_classification.metrics_of(["DT", "NN", "B-"])(EvalPrediction(logits, labels)) == {"accuracy": 3 / 4}
-
-
 def test_every_choice_is_read_beside_what_all_have_in_common():
     assert multiple_choice.pairs(CHOICES[0]) == (["it is 0"] * 3, ["cat", "oak", "ox"])
     row = SWAG[0] | {f"ending{i}": str(i) for i in range(11)}
     assert multiple_choice.pairs(row) == (["it ran"] * 11, [f"a cat {i}" for i in range(11)])
-
-
-def test_two_classes_have_an_f1_and_all_have_a_correlation():
-    logits = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-    figures = text_classification.metrics(EvalPrediction(logits, np.array([0, 0, 1, 1])))
-    assert figures == pytest.approx({"accuracy": 0.75, "matthews_correlation": 3**-0.5, "f1": 0.8})
-    assert "f1" not in text_classification.metrics(EvalPrediction(np.eye(3), np.arange(3)))
-
-
-def test_a_task_of_glue_is_asked_for_by_its_name(monkeypatch):
-    asked = []
-    monkeypatch.setattr(shared, "load_dataset", lambda *names, revision: asked.append(names) or {})
-    shared.load_splits(text_classification.TextArguments("model", task_name="mrpc"))
-    assert asked == [("nyu-mll/glue", "mrpc")]
 
 
 def encoded(rows, model, **fields):

@@ -14,7 +14,7 @@ from peft_mask.recipes.script import ScriptArguments
 from peft_mask.recipes.token_classification import TagArguments
 from reproduction import paper
 from reproduction.paper import TASKS
-from tests.studies.test_examples import write_jsonl
+from tests.text_rows import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from peft_mask.recipes import script
 from peft_mask.recipes.card import command_of, write_card
 from peft_mask.recipes.rows import check_filled, hold_out, label_names, label_numbers
 from peft_mask.recipes.text_classification import TextArguments
-from tests.studies.test_examples import ROWS, run_script, write_csv
+from tests.text_rows import ROWS, run_script, write_csv
 
 
 def labelled(labels, feature=None):

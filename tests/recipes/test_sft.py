@@ -1,4 +1,4 @@
-"""The example for chat models, on a tiny random model that spells its words."""
+"""Chats are learned, on a tiny random model that spells its words: what is trained, scored, saved and merged."""
 
 import json
 import re

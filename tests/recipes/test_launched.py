@@ -1,4 +1,4 @@
-"""How example scripts end that were launched as several processes: at once, with all they printed and their status."""
+"""How scripts end that were launched as several processes: at once, with all they printed and their status."""
 
 import os
 import subprocess
