@@ -89,7 +89,7 @@ def page(rows: Sequence[Situation]) -> str:
     verdicts = [row.verdict for row in rows]
     better, equal, worse = (verdicts.count(verdict) for verdict in ("better", "equal", "worse"))
     lines = [
-        "# What people do every day",
+        "# What people do every day: LoRA and mask compared",
         "",
         "Each row was met by somebody with an adapter of some method. A test tries it with LoRA and with a mask, on a",
         "tiny model, and holds both to what stands here. *Refused* is an error; *wrong* is wrong without one.",
