@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -62,7 +63,7 @@ def _why_not(path: Path, place: str, error: Exception) -> str:
     reason = shorten(next(iter(str(error).splitlines()), ""), 300, placeholder=" ...")
     if path.exists():
         return f"there is no model of transformers at '{place}' that can be read: name another folder. ({reason})"
-    if not is_hub_id(place):
+    if not is_hub_id(place) and not re.fullmatch(r"\w[\w.-]*", place):  # the oldest models have no user
         return f"there is no folder '{place}', and it is no id on the Hub like 'user/name': check the name."
     return (
         f"there is no folder '{place}', and it cannot be had from the Hub: check the name, the network and your login, "
