@@ -237,7 +237,7 @@ _CONFIG: dict[str, Any] = {
     "padding": {"left": 12, "right": 12, "top": 5, "bottom": 5},
     "axis": {**_TEXT, "gridColor": _LINE, "domainColor": _LINE, "tickColor": _LINE, "labelLimit": 320},
     # without room for the last name it is left out, in place of being moved over that before it
-    "axisQuantitative": {"labelFlush": False, "labelOverlap": True, "labelSeparation": 6},
+    "axisQuantitative": {"labelFlush": False, "labelOverlap": True, "labelSeparation": 6, "titlePadding": 10},
     "legend": {**_TEXT, "labelLimit": 420, "gradientStrokeColor": _LINE},
     "header": {**_TEXT, "labelLimit": 200},
     "text": {"color": _INK},
