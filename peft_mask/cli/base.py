@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,12 +14,12 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from peft_mask.cli.adapter import Adapter
-from peft_mask.cli.answer import one_line
-from peft_mask.format.mask_file import BIAS
+from peft_mask.format.mask_file import BIAS, read_config
 from peft_mask.format.masks import Masks
 from peft_mask.layers.drawn_head import draw_head
 from peft_mask.model.targets import resolve_targets
 from peft_mask.server.loading import quietly, widest_head
+from peft_mask.serving.source import CONFIG, is_hub_id
 from peft_mask.settings.config import MaskConfig
 
 CLASSES: dict[str, Any] = {
@@ -50,10 +53,30 @@ def config_of(place: str) -> Any:
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"there is no model of transformers at '{place}' that can be read, neither a folder nor on the Hub: check "
-            f"the name, the network and your login. ({one_line(error)[:200]})"
-        ) from error
+        raise ValueError(_why_not(Path(place), place, error)) from error
+
+
+def _why_not(path: Path, place: str, error: Exception) -> str:
+    """Why there is no configuration of a model at a place, and what to do."""
+    if (path / CONFIG).is_file():
+        return f"'{place}' holds an adapter, not a base model: give the base that it was trained on{_base_of(path)}."
+    reason = shorten(next(iter(str(error).splitlines()), ""), 300, placeholder=" ...")
+    if path.exists():
+        return f"there is no model of transformers at '{place}' that can be read: name another folder. ({reason})"
+    if not is_hub_id(place) and not re.fullmatch(r"\w[\w.-]*", place):  # the oldest models have no user
+        return f"there is no folder '{place}', and it is no id on the Hub like 'user/name': check the name."
+    return (
+        f"there is no folder '{place}', and it cannot be had from the Hub: check the name, the network and your login, "
+        f"or give a folder. ({reason})"
+    )
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        name = read_config(folder / CONFIG).get("base_model_name_or_path")
+    except ValueError:
+        return ""
+    return f", '{name}' by its configuration" if isinstance(name, str) else ""
 
 
 def class_for(adapter: Adapter, config: Any) -> Any:

@@ -37,7 +37,8 @@ def svg(spec: Mapping[str, Any], name: str, title: str) -> str:
         import vl_convert
     except ImportError as error:
         raise ImportError("a report draws its charts with vl-convert: pip install 'peft-mask[report]'.") from error
-    drawn = vl_convert.vegalite_to_svg({**spec, "config": _CONFIG, "background": "transparent"}, allowed_base_urls=[])
+    config = {**_CONFIG, "padding": {**_CONFIG["padding"], "left": _CONFIG["padding"]["left"] + _longest(spec)}}
+    drawn = vl_convert.vegalite_to_svg({**spec, "config": config, "background": "transparent"}, allowed_base_urls=[])
     return _embedded(drawn, name, title)
 
 
@@ -187,6 +188,14 @@ def bars(rows: Rows, *, x: str, y: str, of: str | None = None) -> dict[str, Any]
     }
 
 
+def _longest(spec: Mapping[str, Any]) -> int:
+    """Letters of the longest name down the side: a font in place of the chart's may be a pixel a letter wider."""
+    down = spec.get("encoding", {}).get("y", {})
+    if down.get("type") != "nominal":
+        return 0
+    return min(max((len(str(row[down["field"]])) for row in spec["data"]["values"]), default=0), 60)
+
+
 def _colored(field: str) -> dict[str, Any]:
     return {"field": field, "type": "nominal", "sort": None, "title": None, "scale": {"range": _SERIES}}
 
@@ -226,7 +235,9 @@ _TEXT = {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "titleFont
 _CONFIG: dict[str, Any] = {
     "font": "Arial, Liberation Sans, sans-serif",  # as wide where it is shown as where it was measured
     "padding": {"left": 12, "right": 12, "top": 5, "bottom": 5},
-    "axis": {**_TEXT, "gridColor": _LINE, "domainColor": _LINE, "tickColor": _LINE, "labelLimit": 240},
+    "axis": {**_TEXT, "gridColor": _LINE, "domainColor": _LINE, "tickColor": _LINE, "labelLimit": 320},
+    # without room for the last name it is left out, in place of being moved over that before it
+    "axisQuantitative": {"labelFlush": False, "labelOverlap": True, "labelSeparation": 6, "titlePadding": 10},
     "legend": {**_TEXT, "labelLimit": 420, "gradientStrokeColor": _LINE},
     "header": {**_TEXT, "labelLimit": 200},
     "text": {"color": _INK},

@@ -43,6 +43,11 @@ def run(options: argparse.Namespace) -> Answer:
         raise ValueError("combine needs two adapters or more.")
     if options.votes is not None and options.how != "majority":
         raise ValueError(f"--votes count in a majority alone, not in {options.how}: leave them out.")
+    if options.votes is not None and len(options.votes) != len(options.adapters):
+        raise ValueError(
+            f"--votes: give a vote for each of the {len(options.adapters)} adapters, in their order; got "
+            f"{len(options.votes)}."
+        )
     given = [read_adapter(place) for place in options.adapters]
     head = None if options.head is None else folder_of(options.head)
     if head is not None and head.resolve() not in [each.folder.resolve() for each in given]:

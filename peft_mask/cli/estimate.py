@@ -19,6 +19,12 @@ from peft_mask.training.cards import longest, quantize_shapes, usable
 from peft_mask.training.memory import TrainingMemory, training_memory
 
 _TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
+_NAMED = {  # as `train` calls them
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "causal-lm": "CAUSAL_LM",
+    "chat": "CAUSAL_LM",
+}
 _STEPS = ("sign", "sign_in_backward", "adamw", "adamw_8bit")
 _DTYPES = ("float32", "bfloat16", "float16")
 _PARTS = {
@@ -43,7 +49,7 @@ def add(commands: Any) -> None:
         "  peft-mask estimate --model meta-llama/Llama-3.1-8B --nf4 --card 24GB --json",
     )
     one.add_argument("--model", required=True, help="a folder, an id on the Hub, or a type such as bert")
-    one.add_argument("--task", choices=_TASKS, default="CAUSAL_LM", help="by default CAUSAL_LM")
+    one.add_argument("--task", type=_task, default="CAUSAL_LM", help=f"{', '.join(_TASKS)}, or as train calls it")
     one.add_argument("--batch", type=_number, default=1, metavar="N", help="rows of a batch, by default 1")
     one.add_argument("--tokens", type=_number, default=512, metavar="N", help="tokens of a row, by default 512")
     one.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the base, by default bfloat16")
@@ -125,6 +131,13 @@ def gibibytes(text: str) -> float:
     if found is None or not 1 < float(found[1]) < 100_000:
         raise argparse.ArgumentTypeError(f"expected the memory of a card, such as 24GB, got {text!r}")
     return float(found[1])
+
+
+def _task(text: str) -> str:
+    task = _NAMED.get(text, text)
+    if task not in _TASKS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join([*_TASKS, *_NAMED])}, got {text!r}")
+    return task
 
 
 def _number(text: str) -> int:

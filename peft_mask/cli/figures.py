@@ -22,6 +22,24 @@ BINS = 16  # of rows, and of columns, in the picture of a matrix
 CLASSES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)  # of weights by magnitude: ends, as shares of a matrix
 _CURVES, _POINTS = 24, 400  # the most that is drawn
 _LARGEST_LOG = 32 << 20  # bytes of a trainer_state.json that is read
+_LOGGED = {
+    "sparsity": "Share of the weights that are off",
+    "flip_ratio": "Share of the weights whose mask has changed since the start",
+    "bits_per_weight": "Bits of the mask for each masked weight",
+    "grad_norm": "Norm of the gradient",
+    "learning_rate": "Learning rate of what is trained beside the mask",
+    "loss": "Loss on the training rows",
+}
+_MEASURED = {
+    "loss": "Loss",
+    "accuracy": "Accuracy",
+    "f1": "F1",
+    "matthews_correlation": "Matthews correlation",
+    "perplexity": "Perplexity",
+    "runtime": "Seconds of an evaluation",
+    "samples_per_second": "Rows a second",
+    "steps_per_second": "Batches a second",
+}
 _NO_CURVES = ("step", "epoch", "total_flos")  # what stands in each row, or only grows
 
 
@@ -150,6 +168,18 @@ def curves(adapter: Adapter) -> dict[str, list[tuple[float, float]]]:
         if path.is_file() and path.stat().st_size <= _LARGEST_LOG:
             return _logged(path)
     return {}
+
+
+def curve_name(key: str) -> str:
+    """Return what a key of a log means in words; the key itself if it is none that is known.
+
+    >>> curve_name("sparsity"), curve_name("eval_accuracy"), curve_name("my_loss")
+    ('Share of the weights that are off', 'Accuracy on the validation rows', 'my_loss')
+    """
+    if not key.startswith("eval_"):
+        return _LOGGED.get(key, key)
+    name = _MEASURED.get(key.removeprefix("eval_"))
+    return f"{name} on the validation rows" if name else key
 
 
 def _logged(path: Path) -> dict[str, list[tuple[float, float]]]:

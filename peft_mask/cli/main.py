@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import NoReturn
 
 from huggingface_hub.utils import logging as hub_logging
@@ -57,11 +58,33 @@ def build() -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """End with a line that names the nearest flag of the command, if it has not one that was typed."""
+    parsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+    if not typed or typed[0] not in parsers:
+        return
+    own = parsers[typed[0]]
+    known = [flag for flag in own._option_string_actions if flag.startswith("--")]
+    for word in typed[1 : [*typed, "--"].index("--")]:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and not any(each.startswith(flag) for each in known):
+            near = get_close_matches(flag, known, 1)
+            own.error(f"there is no flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def read(typed: Sequence[str]) -> argparse.Namespace:
     """Return the options of what was typed; those of `train` are fields, which its task knows."""
     parser = build()
     if typed[:1] != ["train"]:
-        return parser.parse_args(typed)
+        check_flags(parser, typed)
+        options, left = parser.parse_known_args(typed)
+        if left:
+            own = parser.prog, options.command
+            parser.exit(
+                FAILED,
+                f"{' '.join(own)}: error: {one_line(left[0])} is more than it takes (see {' '.join(own)} --help)\n",
+            )
+        return options
     asked = [word for word in typed if word in ("-h", "--help")]
     has_task = any(word.partition("=")[0] == "--task" for word in typed)
     if asked and not has_task:

@@ -103,7 +103,9 @@ def card_html(text: str) -> str:
         raise ImportError("a report shows cards with markdown-it-py: pip install 'peft-mask[report]'.") from error
     body = re.sub(r"\A---\n.*?\n---\n", "", text[:_LONGEST_CARD].replace("\r\n", "\n"), count=1, flags=re.DOTALL)
     body = "\n".join(plain(line.replace("\t", "    ")) for line in body.split("\n"))
-    reader = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")
+    reader = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table").disable("image")
+    for kind in ("html_block", "html_inline"):
+        reader.renderer.rules[kind] = _shown  # type: ignore[attr-defined]
     reader.validateLink = _leads_to_the_web  # type: ignore[method-assign]
     tokens = reader.parse(body)
     level, first = _ABOVE_CARDS, min((token.tag for token in tokens if token.type == "heading_open"), default="h1")
@@ -117,6 +119,16 @@ def card_html(text: str) -> str:
                 child.attrSet("rel", "noopener noreferrer nofollow")
     rendered: Any = reader.renderer.render(tokens, reader.options, {})
     return str(rendered)
+
+
+def _shown(tokens: Sequence[Any], place: int, *_: Any) -> str:
+    """What is shown of HTML in a card: its letters, without comments, which nobody is meant to read."""
+    from markupsafe import escape
+
+    text = str(escape(re.sub(r"<!--.*?-->", "", tokens[place].content, flags=re.DOTALL)))
+    if tokens[place].type == "html_inline":
+        return text
+    return f"<p>{text.strip()}</p>\n" if text.strip() else ""
 
 
 def _leads_to_the_web(url: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from peft_mask.cli import charts
 from peft_mask.cli.adapter import CODEC_NAMES, Adapter, Matrix
 from peft_mask.cli.answer import percent, plain
-from peft_mask.cli.figures import agreements, agreements_by_layer, crowding, curves, magnitudes, positions
+from peft_mask.cli.figures import agreements, agreements_by_layer, crowding, curve_name, curves, magnitudes, positions
 from peft_mask.cli.inspect import described, grouped, kind_of, layer_of
 from peft_mask.cli.page import Figure, Section, Table, card_html
 from peft_mask.format.masks import Masks
@@ -247,13 +247,14 @@ def training(adapters: Adapters) -> Section | None:
             for step, value in found.get(key, [])
         ]
         chart = charts.lines(rows, x="step", y="value", of="of" if len(logged) > 1 else None)
+        title = curve_name(key)
         last = ", ".join(f"{found[key][-1][1]:.4g} in {name}" for name, found in logged.items() if key in found)
         figures.append(
             Figure(
-                key,
-                f"It ends at {last}.",
-                charts.svg(chart, f"curve{place}", f"{key} over the steps of training"),
-                Table(key, ("adapter", "step", "value"), _points(rows)),
+                title,
+                f"It ends at {last}." if title == key else f"It ends at {last}. The log calls it {key}.",
+                charts.svg(chart, f"curve{place}", f"{title} over the steps of training"),
+                Table(title, ("adapter", "step", "value"), _points(rows)),
             )
         )
     text = "What Trainer has logged, in trainer_state.json."

@@ -13,7 +13,7 @@ from typing import Any
 from peft_mask.cli.answer import Answer, facts
 
 _HELP = """\
-Learn a mask from a file of fields, or from flags of the same names, which go before the file's.
+Learn a mask from a file of fields, or from flags of the same names, which win over the file's.
 
 task.yaml:
   task: text-classification     # or token-classification, causal-lm, chat
@@ -46,9 +46,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def read(options: argparse.Namespace, words: Sequence[str]) -> None:
-    """Put what was typed behind `train`, and is not for all commands, into the options: a file, and flags."""
-    has_file = bool(words) and not words[0].startswith("-")
-    options.file, options.flags = (words[0], words[1:]) if has_file else (None, words)
+    """Put what was typed behind `train`, and is not for all commands, into the options."""
+    options.words = list(words)
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -61,9 +60,9 @@ def run(options: argparse.Namespace) -> Answer:
         ) from error
 
     if options.fields:
-        return Answer({}, from_file.parser_of(from_file.task_of(options.flags))[1].format_help())
+        return Answer({}, from_file.parser_of(from_file.task_of(options.words))[1].format_help())
     with redirect_stdout(sys.stderr):  # so that stdout has what was found alone
-        training = from_file.read(options.file, options.flags)
+        training = from_file.read(*from_file.split(options.words))
         trained = from_file.train(training)
     base = training.arguments.model_name_or_path
     quantize = ["--quantize", "nf4"] if getattr(training.arguments, "load_in_4bit", False) else []

@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
         "verify",
         help="whether an adapter and a base belong together",
         description="Load a base, and hold every mask of an adapter against its weight: name, shape, checksum and\n"
-        "fingerprint; then what was trained beside the masks. Nothing is written.",
+        "fingerprint, 16 samples of the weight; then what was trained beside the masks. Nothing is\n"
+        "written.",
         epilog="examples:\n  peft-mask verify runs/trec --base sentence-transformers/all-MiniLM-L6-v2\n"
         "  peft-mask verify runs/trec --base bert-base-uncased --json\n\n"
         "exit codes: 0 they belong together, 1 they do not, 2 one of them cannot be read",
@@ -92,7 +93,9 @@ def _answer(options: argparse.Namespace, adapter: Adapter, wrong: dict[str, str]
         beside = f", and {len(adapter.beside)} tensors beside them" if adapter.beside else ""
         checked = "" if not adapter.beside or adapter.config.get("checksums") else " (of which no checksum is known)"
         count = len(adapter.masks)
-        return Answer(data, f"They belong together: {count} masks of {count}{beside}{checked}.")
+        return Answer(
+            data, f"They belong together, by samples of the weights: {count} masks of {count}{beside}{checked}."
+        )
     lines = [f"They do not belong together: {len(wrong)} masks of {len(adapter.masks)} are wrong."]
     for reason in dict.fromkeys(wrong.values()):
         names = [plain(name) for name, own in wrong.items() if own == reason]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser
 
+OF_OTHER_METHODS = ("--r", "--rank", "--lora_r", "--lora_alpha", "--lora_dropout")
 SECRETS = ("hub_token", "push_to_hub_token")
 
 
@@ -32,6 +33,11 @@ class FieldParser(HfArgumentParser):
         names = [options[name].dest for name in map(_name, words) if name in options]
         return {name: getattr(namespace, name) for name in dict.fromkeys(names)}
 
+    def takes(self, flag: str) -> str:
+        """Return how many values a flag takes: "one", "many", or that it "may" have one, as what is on or off."""
+        action = self._option_string_actions.get(flag)
+        return {"?": "may", "+": "many", "*": "many"}.get(str(action.nargs) if action else "", "one")
+
     def check_used(self, words: Sequence[str]) -> None:
         """Raise ValueError if a word belongs to no field."""
         _, left = self.parse_known_args(list(words), Namespace())
@@ -47,6 +53,11 @@ class FieldParser(HfArgumentParser):
         """
         for name in map(_name, words):
             if name.startswith("--") and name not in self._option_string_actions:
+                if name in OF_OTHER_METHODS:
+                    raise ValueError(
+                        f"{source}there is no field {name[2:]!r}, for a mask has no rank: its size is target_sparsity, "
+                        "the share of the weights that is off (0.005 by default), or target_bytes."
+                    )
                 known = [option[2:] for option in self._option_string_actions if "-" not in option[2:]]
                 near = get_close_matches(name[2:].replace("-", "_"), known, 1)
                 meant = f"; did you mean {near[0]!r}?" if near else "."

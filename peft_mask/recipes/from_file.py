@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import datasets
 from transformers import PrinterCallback, ProgressCallback
 
+from peft_mask.format.mask_file import read_headers
 from peft_mask.recipes.fields import FieldParser, command_of, read_yaml, without_secrets, words_of, write_yaml
 from peft_mask.recipes.progress import Progress
 from peft_mask.recipes.script import checkpoint_of, set_device_defaults
-from peft_mask.recipes.tasks import DEFAULTS, Recipe, recipe_of
+from peft_mask.recipes.tasks import DEFAULTS, TASKS, Recipe, recipe_of
 from peft_mask.server.loading import quietly
 from peft_mask.serving.source import CONFIG, TENSORS
 
 FILE = "task.yaml"
+ENDINGS = (".yaml", ".yml", ".json")  # of files of fields
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,70 @@ def read(file: str | None, flags: Sequence[str]) -> Training:
     """
     said = {} if file is None else read_yaml(file)
     task = task_of(flags) or said.get("task")
-    recipe, parser = parser_of(None if task is None else str(task))
+    try:
+        recipe, parser = parser_of(None if task is None else str(task))
+    except ValueError as error:
+        raise ValueError(str(error) if file is None or task_of(flags) else f"{file}: {error}") from None
     written = words_of({**said, "task": task})
     parser.check_names(written, f"{file}: ")
     parser.check_names(flags, "")
-    parser.check_used([*written, *flags])
-    fields = parser.given([*written, *flags])
+    try:
+        parser.check_used([*written, *flags])
+        fields = parser.given([*written, *flags])
+    except ValueError as error:
+        named = re.match(r"argument --([a-z0-9_]+)", str(error))
+        only_there = file is not None and named and named[1] in said and named[1] not in _names(flags)
+        raise ValueError(f"{file}: {error}" if only_there else str(error)) from None
     if fields.get("validation_file") is not None:
         parser.set_defaults(eval_strategy="epoch")
     if fields.get("output_dir") is None:
         raise ValueError("say where to write: output_dir, a new folder.")
     arguments, settings, _ = parser.parse_args_into_dataclasses([*written, *flags])
     return Training(str(task), fields, recipe, arguments, settings)
+
+
+def _names(flags: Sequence[str]) -> set[str]:
+    return {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+
+
+def split(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the file of fields among the words of a command line, or None, and the other words.
+
+    It is the first word, or else one that is no flag's value and ends as such files do, or is a file.
+
+    Raises:
+        ValueError: if it cannot be told whether it is the file or a flag's value.
+    """
+    if words and not words[0].startswith("-"):
+        return words[0], list(words[1:])
+    for place, word in enumerate(words):
+        named = word.endswith(ENDINGS)
+        if word.startswith("-") or not (named or Path(word).is_file()):
+            continue
+        begin = max(before for before in range(place) if words[before].startswith("-"))
+        flag, equals, _ = words[begin].partition("=")
+        values = place - begin - 1 + bool(equals)  # that the flag has already
+        kind = _parser_for(word, words).takes(flag)
+        if values == 0 and kind != "may":
+            continue  # it is the value
+        if kind == "many" and not equals:
+            if not named:
+                continue
+            raise ValueError(
+                f"it cannot be told whether {word!r} is the file or one of the values of {flag}; the file's name comes "
+                f"first: peft-mask train {word} {flag} ..."
+            )
+        return word, [*words[:place], *words[place + 1 :]]
+    return None, list(words)
+
+
+def _parser_for(word: str, words: Sequence[str]) -> FieldParser:
+    """Return the parser of the task that words name, or that the file does, if it is one; else that of the first."""
+    task = task_of(words)
+    if task is None:
+        with suppress(OSError, ValueError):
+            task = read_yaml(word).get("task")
+    return parser_of(task if task in TASKS else TASKS[0])[1]
 
 
 def task_of(words: Sequence[str]) -> str | None:
@@ -134,7 +189,8 @@ def train(training: Training) -> Trained:
     ready.trainer.save_state()  # with the curves
     is_first = bool(ready.trainer.is_world_process_zero())
     if is_first:
-        figures = {**figures, "file_bytes": (out / TENSORS).stat().st_size}
+        masks = sum(length for _, length in read_headers(out / TENSORS).values())  # as `inspect` counts them
+        figures = {**figures, "mask_bytes": masks, "file_bytes": (out / TENSORS).stat().st_size}
         write_yaml(training.fields, out / FILE)
     history = ready.trainer.state.log_history
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
@@ -175,4 +231,4 @@ def _weights(model: Any) -> str:
     return f"a mask over {count:,} weights in {len(masked)} matrices"
 
 
-__all__ = ["FILE", "Trained", "Training", "parser_of", "read", "task_of", "train", "without_secrets"]
+__all__ = ["FILE", "Trained", "Training", "parser_of", "read", "split", "task_of", "train", "without_secrets"]

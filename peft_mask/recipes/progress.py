@@ -17,7 +17,8 @@ class Progress(TrainerCallback):
         self.start, self.first = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             begin = f" from step {state.global_step} on" if state.global_step else ""
-            print(f"training: {state.max_steps} steps{begin}", flush=True)
+            steps = "1 step" if state.max_steps == 1 else f"{state.max_steps} steps"
+            print(f"training: {steps}{begin}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs and state.is_world_process_zero:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -74,7 +75,9 @@ def recipe_of(task: str | None) -> Recipe:
     if task == "chat":
         return _chat()
     what = "no task is named" if task is None else f"there is no task {task!r}"
-    raise ValueError(f"{what}: say task: {' or '.join(TASKS)} (in the file, or with --task).")
+    near = get_close_matches(str(task).lower().replace("_", "-"), TASKS, 1) if task is not None else []
+    meant = f"; did you mean {near[0]!r}?" if near else ":"
+    raise ValueError(f"{what}{meant} say task: {' or '.join(TASKS)} (in the file, or with --task).")
 
 
 def _ready(prepare: Any, score: Any, arguments: Any, settings: TrainingArguments) -> Ready:
@@ -87,7 +90,7 @@ def _ready(prepare: Any, score: Any, arguments: Any, settings: TrainingArguments
         for name in script.used_splits(ready.splits, ready.task.test)
     }
     if ready.task.labels is not None:
-        rows["labels"] = f"{len(ready.task.labels)}: {', '.join(ready.task.labels)[:70]}"
+        rows["labels"] = f"{len(ready.task.labels)}: {shown(ready.task.labels)}"
 
     def learn(command: str) -> dict[str, float]:
         figures = script.learn(ready, arguments, settings, command, score)
@@ -95,6 +98,18 @@ def _ready(prepare: Any, score: Any, arguments: Any, settings: TrainingArguments
         return {name if name in sizes else f"{ready.task.test}_{name}": value for name, value in figures.items()}
 
     return Ready(ready.trainer, rows, learn)
+
+
+def shown(names: Sequence[str], most: int = 70) -> str:
+    """Return as many names as have room in a line, the first at least, and an ellipsis for others.
+
+    >>> shown(["pet", "tree", "house"], 12)
+    'pet, tree, ...'
+    """
+    text, *rest = names
+    while rest and len(text) + len(rest[0]) + 2 <= most:
+        text = f"{text}, {rest.pop(0)}"
+    return f"{text}, ..." if rest else text
 
 
 def _chat() -> Recipe:

@@ -4,9 +4,13 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import yaml
 
 from peft_mask.cli.main import main
 from tests.server.places import KINDS, Place
+
+ROWS = [f"{word} {i},{label}" for i in range(12) for word, label in (("cat", "pet"), ("oak", "tree"))]
+QUICK = {"max_steps": 2, "use_cpu": True}
 
 
 @dataclass
@@ -63,3 +67,24 @@ def place(tmp_path_factory):
 def talking(tmp_path_factory):
     """A language model, and adapters of it without heads."""
     return Place(tmp_path_factory.mktemp("cli-generate"), KINDS["generate"])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a table of pets and trees, which commands are typed in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *ROWS]))
+    return tmp_path
+
+
+@pytest.fixture
+def task(here, tiny_bert):
+    """Write task.yaml, of texts and a tiny BERT where nothing else is said, and return its name."""
+
+    def writing(**own):
+        said = {"task": "text-classification", "model_name_or_path": tiny_bert, "train_file": "rows.csv"}
+        said |= {"test_file": "rows.csv", "output_dir": "out"} | QUICK | own
+        (here / "task.yaml").write_text(yaml.safe_dump({name: v for name, v in said.items() if v is not None}))
+        return "task.yaml"
+
+    return writing

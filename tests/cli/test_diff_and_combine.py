@@ -93,7 +93,7 @@ def test_votes_count_in_a_majority(place, run, refused, tmp_path):
     message = refused("combine", *paths, "--how", "union", "--votes", 1, 1, 5, "--out", tmp_path / "no")
     assert "--votes count in a majority alone" in message
     message = refused("combine", *paths, "--how", "majority", "--votes", 1, "--out", tmp_path / "no")
-    assert "expected a weight for each of at least one adapter, got 1 for 3" in message
+    assert "--votes: give a vote for each of the 3 adapters, in their order; got 1." in message
 
 
 def test_what_cannot_be_combined_is_refused_and_leaves_nothing(place, talking, refused, tmp_path):

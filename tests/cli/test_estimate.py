@@ -30,6 +30,14 @@ def test_no_weights_are_read(talking, run, tmp_path):
     assert run("estimate", "--model", tmp_path, "--tokens", 32).code == 0
 
 
+def test_tasks_may_be_called_as_train_calls_them(talking, run, refused):
+    arguments = ("estimate", "--model", talking.base, "--tokens", 32, "--json")
+    assert run(*arguments, "--task", "text-classification").data == run(*arguments, "--task", "SEQ_CLS").data
+    assert "expected one of CAUSAL_LM, SEQ_CLS, TOKEN_CLS, text-classification, " in refused(
+        *arguments, "--task", "sing"
+    )
+
+
 def test_a_card_has_room_or_not(talking, run):
     arguments = ("estimate", "--model", talking.base, "--tokens", 32)
     said = run(*arguments, "--card", "24GB", "--json")

@@ -61,6 +61,30 @@ def test_what_is_no_command_is_refused_in_one_line(refused):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "inspect a --matrix",
+            "peft-mask inspect: error: there is no flag --matrix; did you mean --matrices? "
+            "(see peft-mask inspect --help)",
+        ),
+        (
+            "merge a --bsae b --out c",
+            "peft-mask merge: error: there is no flag --bsae; did you mean --base? (see peft-mask merge --help)",
+        ),
+        ("env --qqq=3", "peft-mask env: error: there is no flag --qqq (see peft-mask env --help)"),
+        ("inspect a b", "peft-mask inspect: error: b is more than it takes (see peft-mask inspect --help)"),
+    ],
+)
+def test_a_flag_that_is_none_is_refused_with_the_nearest_and_the_help_of_its_command(line, message, refused):
+    assert refused(*line.split()) == message
+
+
+def test_a_flag_may_be_shortened(place, run):
+    assert "by matrix" in run("inspect", place.adapters / "a", "--matri").out
+
+
+@pytest.mark.parametrize(
     "command", ["inspect", "verify --base b", "merge --base b --out out", "convert --portable --out out"]
 )
 def test_a_folder_that_is_not_there_is_refused_by_each(command, refused, tmp_path, monkeypatch):

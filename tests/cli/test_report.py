@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_mask import Masks
 from peft_mask.cli import charts
+from peft_mask.cli.figures import curve_name
 from peft_mask.cli.page import card_html
 from tests.cli.test_main import copied
 from tests.server.browser import CHROMIUM, parse, shown
@@ -73,7 +74,7 @@ def test_the_page_shows_the_figures_of_the_adapters(written, place):
     both = sum(thin.zeros.values()) + sum(other.zeros.values()) - together
     assert f"{100 * both / together:.3f} %" in text
     assert "loss" in text
-    assert "It ends at 0.25 in thin." in text
+    assert "It ends at 0.25 in thin. The log calls it loss." in text
 
 
 def test_the_page_needs_nothing_else_and_forbids_everything_else(written):
@@ -124,7 +125,7 @@ def test_every_mark_says_what_it_stands_for(written):
     said = {each.attributes["aria-label"]: [t.text for t in each.all("title")] for each in written[1].all("svg")}
     (bars,) = [texts for label, texts in said.items() if label == "Bytes of each part of the file"]
     assert "thin, trained beside: 264 bytes" in bars, bars
-    (curve,) = [texts for label, texts in said.items() if label.startswith("loss over")]
+    (curve,) = [texts for label, texts in said.items() if label.startswith("Loss on the training rows over")]
     assert curve == ["thin, step 5: 0.75", "thin, step 10: 0.5", "thin, step 15: 0.25"]
     (crowded,) = [texts for label, texts in said.items() if label == "How zeros crowd in rows and columns of thin"]
     assert len(crowded) == 4 * 13
@@ -199,9 +200,35 @@ def test_what_strangers_wrote_is_text(place, run, tmp_path):
     assert "&lt;script&gt;" in html
 
 
+def test_long_names_down_the_side_have_room_in_a_wider_font():
+    name = "attention.output.dense"
+    rows = [{"part": name, "bytes": 3, "said": ""}]
+    drawn = charts.svg(charts.bars(rows, x="bytes", y="part"), "a", "b")
+    plot = re.search(r'transform="translate\((\d+),', drawn)
+    assert plot is not None
+    assert int(plot[1]) > 7 * len(name), "DejaVu Sans takes 7 pixels a letter"
+
+
+def test_names_at_the_end_of_an_axis_are_not_moved_over_others():
+    rows = [{"kind": "a", "share": share, "of": "b", "said": ""} for share in (0.17, 0.493)]
+    drawn = parse(charts.svg(charts.points(rows, y="kind"), "a", "b"))
+    anchors = {each.text: each.attributes.get("text-anchor") for each in drawn.all("text") if each.text.endswith("%")}
+    assert anchors["50%"] == anchors["0%"] == anchors["20%"] == "middle"
+
+
+def test_curves_have_names_in_words():
+    assert curve_name("flip_ratio") == "Share of the weights whose mask has changed since the start"
+    assert curve_name("eval_loss") == "Loss on the validation rows"
+    assert (curve_name("mine"), curve_name("eval_mine")) == ("mine", "eval_mine")
+
+
 @pytest.mark.parametrize(
     ("text", "holds", "lacks"),
     [
+        ("a\n\n<!-- peft_mask: x\n\n## y -->\n\n## b", "<h4>b</h4>", "peft_mask"),
+        ("a <!-- b --> c", "<p>a  c</p>", "!--"),
+        ("<!-- a --><script>alert(1)</script>", "<p>&lt;script&gt;", "<script"),
+        ("```\n<!-- kept -->\n```", "&lt;!-- kept --&gt;", "<!--"),
         ("---\na: b\n---\n# One\n\n## Two", "<h4>One</h4>", "a: b"),
         ("## One\n\n#### Two", "<h4>One</h4>\n<h5>Two</h5>", "h6"),
         ("[x](https://a.org)", 'rel="noopener noreferrer nofollow"', "<img"),

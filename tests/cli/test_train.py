@@ -22,30 +22,6 @@ from peft_mask.recipes.tasks import TASKS
 from tests.chat_models import CHATS, tiny_chat_model, write
 from tests.processes import launch
 
-ROWS = [f"{word} {i},{label}" for i in range(12) for word, label in (("cat", "pet"), ("oak", "tree"))]
-QUICK = {"max_steps": 2, "use_cpu": True}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder with a table of pets and trees, which commands are typed in."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *ROWS]))
-    return tmp_path
-
-
-@pytest.fixture
-def task(here, tiny_bert):
-    """Write task.yaml, of texts and a tiny BERT where nothing else is said, and return its name."""
-
-    def writing(**own):
-        said = {"task": "text-classification", "model_name_or_path": tiny_bert, "train_file": "rows.csv"}
-        said |= {"test_file": "rows.csv", "output_dir": "out"} | QUICK | own
-        (here / "task.yaml").write_text(yaml.safe_dump({name: v for name, v in said.items() if v is not None}))
-        return "task.yaml"
-
-    return writing
-
 
 def tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
@@ -93,7 +69,7 @@ def test_what_was_run_lies_beside_the_adapter_and_runs_again(task, here, run):
     assert same(here / "out", here / "again")
 
 
-def test_flags_go_before_the_file_and_need_none(task, here, run):
+def test_flags_win_over_the_file_and_need_none(task, here, run):
     file = task(target_sparsity=0.01)
     assert run("train", file, "--target_sparsity=0.05", "--output-dir", "flagged", "--json").code == 0
     assert PeftConfig.from_pretrained("flagged").target_sparsity == 0.05

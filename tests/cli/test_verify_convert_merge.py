@@ -21,7 +21,7 @@ FILE = "adapter_model.safetensors"
 def test_an_adapter_belongs_to_the_base_it_was_trained_on(name, place, run):
     said = run("verify", place.adapters / name, "--base", place.base)
     assert (said.code, said.err) == (0, "")
-    assert said.out == "They belong together: 13 masks of 13, and 2 tensors beside them.\n"
+    assert said.out == "They belong together, by samples of the weights: 13 masks of 13, and 2 tensors beside them.\n"
 
 
 def test_each_mask_that_is_for_other_weights_is_named(place, run, tmp_path):
@@ -74,6 +74,32 @@ def test_a_base_that_cannot_be_had_is_neither_yes_nor_no(place, refused, tmp_pat
     (tmp_path / "empty").mkdir()
     message = refused("verify", place.adapters / "a", "--base", tmp_path / "empty")
     assert f"there is no model of transformers at '{tmp_path / 'empty'}' that can be read" in message
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (
+            "nope",
+            "there is no folder 'nope', and it cannot be had from the Hub: check the name, the network and your login",
+        ),
+        ("./nope", "there is no folder './nope', and it is no id on the Hub like 'user/name': check the name."),
+    ],
+)
+def test_a_base_that_is_nowhere_is_refused_in_a_whole_line(base, message, place, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused("merge", place.adapters / "a", "--base", base, "--out", "out")
+    assert message in said
+    assert said.endswith((".", ".)"))
+
+
+def test_an_adapter_is_no_base(place, refused, tmp_path):
+    a = place.adapters / "a"
+    said = refused("merge", a, "--base", place.adapters / "b", "--out", tmp_path / "out")
+    assert (
+        f"'{place.adapters / 'b'}' holds an adapter, not a base model: give the base that it was trained on, " in said
+    )
+    assert said.endswith(f"'{place.base}' by its configuration.")
 
 
 # ---- convert ----
