@@ -79,11 +79,8 @@ def read(typed: Sequence[str]) -> argparse.Namespace:
         check_flags(parser, typed)
         options, left = parser.parse_known_args(typed)
         if left:
-            own = parser.prog, options.command
-            parser.exit(
-                FAILED,
-                f"{' '.join(own)}: error: {one_line(left[0])} is more than it takes (see {' '.join(own)} --help)\n",
-            )
+            name = f"{parser.prog} {options.command}"
+            parser.exit(FAILED, f"{name}: error: {one_line(left[0])} is more than it takes (see {name} --help)\n")
         return options
     asked = [word for word in typed if word in ("-h", "--help")]
     has_task = any(word.partition("=")[0] == "--task" for word in typed)
