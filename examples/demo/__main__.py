@@ -45,7 +45,7 @@ WHY = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 if every comparison of the served masks came out equal, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="training steps of every method (default 200)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of every method (default 150)")
     parser.add_argument("--model", help="folder or Hub name of a BERT-like encoder (default all-MiniLM-L6-v2)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of heads and data order (default 0)")
