@@ -42,7 +42,8 @@ def labels_of(model: nn.Module, known: dict[int, str] | None) -> dict[int, str] 
 def take_labels(model: nn.Module, config: MaskConfig) -> None:
     """Give a base model the labels of the first adapter that is loaded onto it: their names, and so many outputs.
 
-    A head that was in the base's checkpoint, or whose labels somebody has named, keeps the number that it has.
+    A head that was in the base's checkpoint, or whose labels somebody has named, keeps the number that it has. Of an
+    adapter that is to be trained another number is warned of.
 
     Args:
         model: the base model.
@@ -59,6 +60,12 @@ def take_labels(model: nn.Module, config: MaskConfig) -> None:
         if name is None or names_given(own) is not None or not _is_new(model, name):
             return  # loading the head says what does not fit
         _set_outputs(model, name, len(wanted))
+        if not config.inference_mode:  # the adapter is trained on, or a new task takes its settings: nobody says which
+            warnings.warn(
+                f"the model had {len(own)} labels and has {len(wanted)} now, those of the adapter. For a new task take "
+                "a new MaskConfig, or set id2label of this one to None.",
+                stacklevel=2,
+            )
     elif config.label_names is None:
         return
     elif names_given(own) is not None and own != wanted:

@@ -110,12 +110,29 @@ def test_without_the_adapter_the_model_has_a_head_of_that_size_that_was_not_trai
 def test_a_loaded_adapter_is_trained_on_with_the_loss_of_its_labels(base, tmp_path):
     trained(base, id2label=NAMES).save_pretrained(tmp_path / "adapter")
     plain = AutoModelForSequenceClassification.from_pretrained(base)
-    with pytest.warns(UserWarning, match="holds masks without scores"):
+    with (
+        pytest.warns(UserWarning, match="holds masks without scores"),
+        pytest.warns(UserWarning, match="the model had 3 labels and has 5 now"),
+    ):
         loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True)
     loaded(**INPUTS, labels=torch.tensor([4])).loss.backward()
     head = loaded.get_base_model().classifier.modules_to_save["default"]
     assert head.weight.grad.shape[0] == 5
     assert head.weight.grad.any()
+
+
+def test_settings_of_an_adapter_that_a_new_task_takes_bring_its_labels_with_a_word(base, tmp_path):
+    trained(base, id2label=NAMES).save_pretrained(tmp_path / "adapter")
+
+    def wrapped(**own):
+        settings = MaskConfig.from_pretrained(tmp_path / "adapter")
+        for name, value in own.items():
+            setattr(settings, name, value)
+        return get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=7), settings)
+
+    with pytest.warns(UserWarning, match="had 7 labels and has 5 now, .* set id2label of this one to None"):
+        assert logits(wrapped(inference_mode=False)).shape == (1, 5)
+    assert logits(wrapped(inference_mode=False, id2label=None)).shape == (1, 7)
 
 
 def test_saving_again_keeps_the_names(base, tmp_path):
