@@ -1,4 +1,4 @@
-"""The name by which programs of before import `load_file`; the scripts' code is in `peft_mask.recipes`."""
+"""Where `load_file` was before the scripts' code moved to `peft_mask.recipes`: programs import it from here."""
 
 from peft_mask.recipes.files import load_file
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from examples import script
 from peft_mask.recipes.conll import read_conll
 from peft_mask.recipes.files import FILE_TYPES, load_file
 from peft_mask.recipes.tagging import read_columns
@@ -198,3 +199,7 @@ def test_a_line_that_has_not_the_columns_of_the_others_is_named(tmp_path, text, 
         load(tmp_path, "a.conll", text)
     with pytest.raises(ValueError, match=rf"a.conll: {message}"):
         read_columns(tmp_path / "a.conll")
+
+
+def test_files_are_read_by_the_name_that_the_scripts_had_for_it():
+    assert script.load_file is load_file
