@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--steps", type=int, help="budget of every task, in place of the table's")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the model, for every method")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.command == "run":
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_flush_denormal(True)
         transformers.logging.set_verbosity_error()  # a new head is what we want, not worth a warning each run
         transformers.logging.disable_progress_bar()
-        setting = Setting(options.data, options.model or minilm())
+        setting = Setting(options.data, options.model or minilm(), dropout=options.dropout)
         run_all(
             [TASKS[name] for name in options.tasks],
             [METHODS[name] for name in options.methods],
