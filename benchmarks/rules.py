@@ -21,8 +21,8 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.accuracy.__main__ import minilm
 from benchmarks.accuracy.methods import HEAD_LR, HEAD_NOTE, STEPS_NOTE, mask, mask_adamw
-from benchmarks.accuracy.report import read_results
 from benchmarks.accuracy.runs import run_all
+from benchmarks.accuracy.summary import read_results
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Method, Setting
 from benchmarks.harness import RESULTS, table, write_page

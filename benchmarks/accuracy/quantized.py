@@ -28,6 +28,7 @@ from benchmarks.accuracy.methods import BITS, METHODS, RANKS, quantized_name
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.runs import Run, environment, runs_in, settings_of
 from benchmarks.accuracy.sizes import in_head, measure
+from benchmarks.accuracy.summary import read_results, rows_of
 from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.accuracy.training import Method, Setting, accuracy, restored, train
 
@@ -97,13 +98,7 @@ def run_all(task: Task, rank: int, seed: int, setting: Setting, results: Path) -
     """Train an adapter once, if one of its rows is missing, and write a row for each number of bits."""
     method = cast(Method, METHODS[f"lora-r{rank}"])
     run = Run(task, method, chosen_rate(task, method, results), seed, task.steps, results)
-    in_bits = {
-        bits: replace(
-            run, method=replace(method, name=quantized_name(rank, bits), note=NOTE.format(bits) + method.note)
-        )
-        for bits in BITS
-    }
-    missing = {bits: one for bits, one in in_bits.items() if one.read() is None}
+    missing = {bits: one for bits in BITS if (one := quantized(run, rank, bits)).read() is None}
     if not missing:
         return
     run.state.parent.mkdir(parents=True, exist_ok=True)
@@ -117,17 +112,17 @@ def run_all(task: Task, rank: int, seed: int, setting: Setting, results: Path) -
     run.state.unlink()
 
 
-def quantised(run: Run, rank: int, bits: int) -> Run:
+def quantized(run: Run, rank: int, bits: int) -> Run:
     """Return a run of LoRA as the one whose row says how it does in so many bits."""
     method = cast(Method, run.method)
     return replace(run, method=replace(method, name=quantized_name(rank, bits), note=NOTE.format(bits) + method.note))
 
 
 def chosen_rate(task: Task, method: Method, results: Path) -> float:
-    """Return the rate at which LoRA's test was scored."""
-    for row in runs_in(results).read().values():
-        if (row["task"], row["method"], row["steps"]) == (task.name, method.name, task.steps) and "test" in row:
-            return row["lr"]
+    """Return LoRA's rate, of which dev chose and test was scored."""
+    for row in rows_of(read_results(results)):
+        if (row.task, row.method, row.steps) == (task.name, method.name, task.steps):
+            return row.lr
     raise SystemExit(f"{method.name} on {task.name} has no test score yet: run python -m benchmarks.accuracy first.")
 
 

@@ -1,7 +1,7 @@
 """PEFT's methods of which all-MiniLM-L6-v2 has a setting below 100 kB, each as its documentation and its paper set it.
 
-Rates are those of the papers and of PEFT's examples; the search widens them while dev likes one at the edge. What is
-trained is kept in bfloat16, as anyone would store it, and scored so.
+Rates are those of the papers and of PEFT's examples. What is trained is kept in bfloat16, as anyone would store it, and
+scored so.
 
 Source of the settings: PEFT 0.21.2, its documentation, examples and docstrings, which name the papers.
 """
@@ -47,7 +47,7 @@ def rival(
 ) -> Method:
     told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     note = f"{kind}({told}), kept in bfloat16; {optimizer_note}{HEAD_NOTE}"
-    return Method(name, note, built(getattr(peft, kind), settings), optimizer, rates, dtype=torch.bfloat16, widen=True)
+    return Method(name, note, built(getattr(peft, kind), settings), optimizer, rates, dtype=torch.bfloat16)
 
 
 def vblora_adamw(model: nn.Module, lr: float) -> Optimizer:

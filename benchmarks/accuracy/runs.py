@@ -102,12 +102,13 @@ def search(
 ) -> list[dict[str, Any]]:
     """Chooses the learning rate on dev with `SEARCH_SEED`, then scores test once for each seed at that rate.
 
-    Test is first read when the choice is made. A tie goes to the smaller rate. Returns the results of the seeds.
+    While dev likes the lowest or the highest best, one more is tried beyond it, up to `MOST` in all. Test is first read
+    when the choice is made. A tie goes to the smaller rate. Returns the results of the seeds.
     """
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
     chosen = best_on_dev(tries, setting, progress)
-    while isinstance(method, Method) and method.widen and (lr := beyond([run.lr for run in tries], chosen.lr)):
+    while isinstance(method, Method) and (lr := beyond([run.lr for run in tries], chosen.lr)):
         tries.append(Run(task, method, lr, SEARCH_SEED, steps, results))
         chosen = best_on_dev(sorted(tries, key=lambda run: run.lr), setting, progress)
     results_of_seeds = []
@@ -128,8 +129,8 @@ def search(
 
 
 def beyond(lrs: Sequence[float], best: float) -> float | None:
-    """The rate to try next: the rung above or below the best, if that is the highest or the lowest of `lrs`."""
-    if len(lrs) >= MOST or min(lrs) < best < max(lrs):
+    """The rate to try next: the rung above or below the best, if that is the highest or the lowest of several."""
+    if not 1 < len(lrs) < MOST or min(lrs) < best < max(lrs):
         return None
     rungs = [float(f"{digit}e{exponent}") for exponent in range(-7, 3) for digit in (1, 3)]
     return min(rung for rung in rungs if rung > best) if best == max(lrs) else max(r for r in rungs if r < best)

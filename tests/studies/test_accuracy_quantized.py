@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy import quantized, report, runs
+from benchmarks.accuracy import quantized, runs, summary
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.quantized import GROUP, dequantize, packed, quantize
 from benchmarks.accuracy.tasks import TASKS
@@ -71,7 +71,7 @@ def test_an_adapter_is_trained_once_and_has_a_row_for_each_number_of_bits(
         quantized.run_all(task, 8, 0, setting, tmp_path)
     (whole,) = runs.search(task, method, [0], setting, tmp_path, STEPS)
     quantized.run_all(task, 8, 0, setting, tmp_path)
-    rows = {row.method: row for row in report.rows_of(report.read_results(tmp_path))}
+    rows = {row.method: row for row in summary.rows_of(summary.read_results(tmp_path))}
     assert list(rows) == ["lora-r8", "lora-r8-4bit", "lora-r8-2bit", "lora-r8-1bit"]
     sizes = [row.bytes for row in rows.values()]
     assert sizes == sorted(sizes, reverse=True)
