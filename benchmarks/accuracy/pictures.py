@@ -81,22 +81,26 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = {mean["method"]: (stored_bytes(mean), 100 * mean["test"]) for mean in means if mean["bytes"]}
+    axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
+    axes.set_ylabel("mean test accuracy, %")
+    points = {
+        mean["method"]: (stored_bytes(mean), 100 * mean["test"], 100 * (mean["sd"] or 0.0))
+        for mean in means
+        if mean["bytes"]
+    }
     for mean in means:
         if mean["method"] in points:
             style = {"markersize": 7 if "mask" in mean["method"] else 5, "capsize": 3}
-            _mark(axes, mean["method"], *points[mean["method"]], 100 * (mean["sd"] or 0.0), **style)
+            _mark(axes, mean["method"], *points[mean["method"]], **style)
         else:
             axes.axhline(100 * mean["test"], linestyle="--", color="#999999", label="frozen model, linear probe")
     if points:
-        best = front(list(points.values()))
+        best = front([(size, test) for size, test, _ in points.values()])
         axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1, zorder=0, label="none is better with as few bytes")
-        axes.set_xlim(right=8 * max(size for size, _ in points.values()))  # room for the names
-    axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
-    axes.set_ylabel("mean test accuracy, %")
+        axes.set_xlim(right=8 * max(size for size, *_ in points.values()))  # room for the names
     axes.grid(alpha=0.25)
-    if means:
-        axes.legend(loc="center right", frameon=False, fontsize=8)
+    if lines := [line for line in axes.get_lines() if not line.get_label().startswith("_")]:
+        axes.legend(handles=lines, loc="center right", frameon=False, fontsize=8)
     _write_names(axes, points)
     figure.savefig(path, dpi=130)
 
@@ -135,20 +139,25 @@ def _mark(axes: Axes, method: str, size: float, test: float, spread: float, **st
     axes.errorbar(size, test, spread, fmt="o", color=color, linewidth=1, label=name, **filled, **style)
 
 
-def _write_names(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each method's name beside its mark, the masks' first, where it covers least of what is there."""
+def _write_names(axes: Axes, points: Mapping[str, tuple[float, float, float]]) -> None:
+    """Write each method's name beside its mark, the masks' first, where it covers least of what is there.
+
+    Points are (bytes, score, spread) by method.
+    """
     figure = axes.figure.get_figure(root=True)
     figure.draw_without_rendering()  # or the layout moves the marks afterwards
     renderer = figure.canvas.get_renderer()
-    marks = [axes.transData.transform(point) for point in points.values()]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
+    taken = []
+    for size, test, spread in points.values():
+        (x, low), (_, high) = axes.transData.transform([(size, test - spread), (size, test + spread)])
+        taken.append((x - 5, low - 5, x + 5, high + 5))
     frame = axes.bbox.extents
     for method in sorted(points, key=lambda method: ("mask" not in method, -points[method][1])):
         tried = []
         for across, up in PLACES:
             name = axes.annotate(
                 label(method),
-                points[method],
+                points[method][:2],
                 xytext=(across, up),
                 ha="left" if across > 0 else "right" if across < 0 else "center",
                 textcoords="offset points",
