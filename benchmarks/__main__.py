@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import cards, codec, decoder, grpo, long, memory, rules, step, switch
 from benchmarks.accuracy.report import write_report
+from benchmarks.accuracy.shares import write_shares
 from benchmarks.harness import RESULTS
 from benchmarks.zeros import report as zeros
 
@@ -31,6 +32,7 @@ def write_reports(accuracy: Path, results: Path) -> None:
     """Write the pages of all `runs.jsonl` in these folders."""
     for runs in sorted(accuracy.glob("*/runs.jsonl")):
         print(write_report(runs.parent))
+    write_shares(accuracy, results)
     decoder.write_pages(results)
     long.write_page_of(results / "long")
     rules.write_page_of(results / "rules")

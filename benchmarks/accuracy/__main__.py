@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.model import first_blocks
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.runs import run_all
 from benchmarks.accuracy.tasks import TASKS
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--data", type=Path, help="folder with one folder a task")
     parser.add_argument("--model", help="name or folder of an encoder; by default the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--blocks", type=int, help="use the model's first so many blocks alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, `runs.jsonl` in it")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
@@ -39,15 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_flush_denormal(True)
         transformers.logging.set_verbosity_error()  # a new head is what we want, not worth a warning each run
         transformers.logging.disable_progress_bar()
-        setting = Setting(options.data, options.model or minilm(), dropout=options.dropout)
-        run_all(
-            [TASKS[name] for name in options.tasks],
-            [METHODS[name] for name in options.methods],
-            options.seeds,
-            setting,
-            options.results,
-            options.steps,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            model = options.model or minilm()
+            if options.blocks:
+                model = first_blocks(model, options.blocks, Path(folder))
+            run_all(
+                [TASKS[name] for name in options.tasks],
+                [METHODS[name] for name in options.methods],
+                options.seeds,
+                Setting(options.data, model, dropout=options.dropout),
+                options.results,
+                options.steps,
+            )
     print(write_report(options.results))
 
 

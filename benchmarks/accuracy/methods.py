@@ -106,7 +106,7 @@ METHODS: dict[str, Method | Probe] = {
             grow,
         ),
         *map(smaller_mask, (0.0017, 0.0007)),
-        *map(growing_mask, (0.002, 0.001, 0.0005, 0.0002)),
+        *map(growing_mask, (0.02, 0.01, 0.002, 0.001, 0.0005, 0.0002)),
         Method("full", f"every parameter; {HEAD_NOTE}", full, adamw, (1e-4, 3e-4, 1e-3)),
         *map(lora_row, (16, 8, 4, 2, 1)),
         Method("bitfit", f"every bias, LayerNorm's too; {HEAD_NOTE}", bitfit, adamw, (1e-3, 3e-3, 1e-2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     BertModel,
     BertPreTrainedModel,
     MPNetModel,
@@ -59,6 +62,17 @@ class MeanPooledMPNet(MeanPooled, MPNetPreTrainedModel):
 
 
 POOLED = {"bert": MeanPooledBert, "mpnet": MeanPooledMPNet}
+
+
+def first_blocks(name: str, blocks: int, folder: Path) -> str:
+    """Save the encoder of this name or folder, with its tokenizer, without what follows so many blocks.
+
+    Returns the name of the new folder, below `folder`.
+    """
+    shorter = folder / Path(name).name / f"{blocks}-blocks"
+    AutoModel.from_pretrained(name, num_hidden_layers=blocks).save_pretrained(shorter)
+    AutoTokenizer.from_pretrained(name).save_pretrained(shorter)
+    return str(shorter)
 
 
 def model_class(task_type: str, name: str) -> Any:

@@ -40,6 +40,7 @@ class Row:
     entropy_bytes: float | None
     train_seconds: float
     bytes_on_base: float | None = None
+    masked_weights: float | None = None
     dtype: str = "float32"
 
     @property
@@ -106,6 +107,7 @@ def _row(group: Sequence[Result]) -> Row | None:
         entropy_bytes=mean("entropy_bytes"),
         train_seconds=mean("train_seconds") or 0.0,
         bytes_on_base=_known_mean(result.get("bytes_on_base") for result in scored),
+        masked_weights=mean("masked_weights"),
         dtype=first.get("dtype", "float32"),
     )
 
