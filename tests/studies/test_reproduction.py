@@ -30,7 +30,7 @@ from reproduction.models import Models
 from reproduction.scale import Scale
 from reproduction.seeds import bars, over_seeds
 from reproduction.sweep import sweep
-from tests.studies.test_accuracy_benchmark import model, write_split  # noqa: F401 (a fixture)
+from tests.studies.made_up import write_split
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def study(data: Path, model: Path, results: Path, *more: str) -> None:  # noqa: F811
+def study(data: Path, model: Path, results: Path, *more: str) -> None:
     options = ["--data", data, "--model", model, "--results", results, "--steps", 2, "--rows", 30, "--threads", 1]
     small = ["--recipes", "mask", "paper", "--points", 3, "--curve-steps", 2, "--seeds", 0, 1, "--every", 1]
     small += ["--tasks", "trec", "--cycles", 3]
@@ -56,7 +56,7 @@ def study(data: Path, model: Path, results: Path, *more: str) -> None:  # noqa: 
 
 
 @pytest.mark.slow
-def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path, capsys):  # noqa: F811
+def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path, capsys):
     results = tmp_path / "results"
     study(data, model, results)
     names = set(command.STUDIES)
@@ -97,7 +97,7 @@ def test_one_command_does_every_study_and_does_none_twice(data, model, tmp_path,
     assert all(result["environment"]["torch"] == torch.__version__ for result in found.values())
 
 
-def test_trainings_of_one_seed_start_alike_in_every_task(data, model, tmp_path):  # noqa: F811
+def test_trainings_of_one_seed_start_alike_in_every_task(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=1)
     starts = {
         (task, seed): masks_of(models.untrained(task, "paper", seed)) for task in ("trec", "sst2") for seed in (0, 1)
@@ -107,7 +107,7 @@ def test_trainings_of_one_seed_start_alike_in_every_task(data, model, tmp_path):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), "the same head"
 
 
-def test_a_model_whose_parameters_are_gone_is_trained_again_to_the_same(data, model, tmp_path):  # noqa: F811
+def test_a_model_whose_parameters_are_gone_is_trained_again_to_the_same(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     before = masks_of(models.trained("trec", "mask", 0))
     assert before.sparsity > 0
@@ -116,7 +116,7 @@ def test_a_model_whose_parameters_are_gone_is_trained_again_to_the_same(data, mo
     assert dissimilarity(before, after) == dict.fromkeys(before, 0.0)
 
 
-def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_was(data, model, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sweep_chooses_the_rate_of_each_variant_on_dev_and_goes_on_where_it_was(data, model, tmp_path, monkeypatch):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     scale = Scale(tasks=("trec",), seeds=(0,), rates=(1e-3, 1.0))
     variants = {name: sparsity.at_start(p, scale) for name, p in (("few", 0.05), ("many", 0.5))}
@@ -181,7 +181,7 @@ def test_pictures_of_sweeps_have_a_line_a_task_and_direction(tmp_path):
     assert "<!-- 5% -->" in (tmp_path / "sparsity.svg").read_text("utf-8")
 
 
-def test_snapshots_are_taken_where_a_cycle_of_the_rate_ends(data, model, tmp_path, monkeypatch):  # noqa: F811
+def test_snapshots_are_taken_where_a_cycle_of_the_rate_ends(data, model, tmp_path, monkeypatch):
     setting = replace(command.Setting(data, str(model)), cycles=3)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 1.0)
@@ -218,7 +218,7 @@ def test_an_ensemble_decides_in_the_way_that_is_best_on_dev(monkeypatch):
             assert row["test, ensemble"] == 1
 
 
-def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeypatch):  # noqa: F811
+def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeypatch):
     models = Models(command.Setting(data, str(model)), tmp_path)
     studies = {
         line: {"full", "mask"},
@@ -239,7 +239,7 @@ def test_studies_look_at_the_models_of_every_seed(data, model, tmp_path, monkeyp
         assert seen == {(way, seed) for way in ways for seed in (3, 5)}
 
 
-def test_a_control_has_the_head_that_its_mask_was_trained_with_and_pretrained_weights(data, model, tmp_path):  # noqa: F811
+def test_a_control_has_the_head_that_its_mask_was_trained_with_and_pretrained_weights(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     trained = models.trained("sst2", "mask", 0)
     pretrained = effective_weights(models.untrained("sst2", "full", 0))
@@ -249,7 +249,7 @@ def test_a_control_has_the_head_that_its_mask_was_trained_with_and_pretrained_we
     assert all(torch.equal(found[name], effective_weights(trained)[name]) for name in head)
 
 
-def test_every_seed_has_its_own_draws_and_starts(data, model, tmp_path, monkeypatch):  # noqa: F811
+def test_every_seed_has_its_own_draws_and_starts(data, model, tmp_path, monkeypatch):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     drawn, batches, started = [], [], []
     monkeypatch.setattr(controls, "shuffled", lambda masks, seed, *among: drawn.append(seed) or masks)
@@ -265,7 +265,7 @@ def test_every_seed_has_its_own_draws_and_starts(data, model, tmp_path, monkeypa
     assert started == [masks_of(models.untrained("trec", "paper", seed)) for seed in (3, 5)]
 
 
-def test_movement_is_the_mean_over_seeds(data, model, tmp_path):  # noqa: F811
+def test_movement_is_the_mean_over_seeds(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     both, *alone = (movement.run(models, Scale(every=1, seeds=seeds))["rows"] for seeds in ((0, 1), (0,), (1,)))
     assert [row["step"] for row in both] == [0, 1, 2]
@@ -282,7 +282,7 @@ def test_figures_of_one_seed_have_no_bars():
     assert bars(rows[1:]) is None
 
 
-def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretrained(data, model, tmp_path):  # noqa: F811
+def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretrained(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path)
 
     def weights(part, way, seed):
@@ -303,7 +303,7 @@ def test_parts_that_are_drawn_anew_are_others_in_each_seed_and_the_rest_is_pretr
     assert reinitialized.without("attention", "mask").note != reinitialized.without("nothing", "mask").note
 
 
-def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, model, tmp_path):  # noqa: F811
+def test_a_rate_is_chosen_on_dev_and_one_that_is_alone_costs_no_training(data, model, tmp_path):
     models = Models(command.Setting(data, str(model)), tmp_path, steps=2)
     assert models.chosen_rate("custrev", "mask") == 5e-4
     assert not (tmp_path / "runs.jsonl").exists()
@@ -362,7 +362,7 @@ def test_what_is_no_sentiment_data_is_refused_before_anything_is_written(tmp_pat
     assert not (tmp_path / "data").exists()
 
 
-def test_data_that_are_not_there_are_named(tmp_path, model):  # noqa: F811
+def test_data_that_are_not_there_are_named(tmp_path, model):
     models = Models(command.Setting(tmp_path, str(model)), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"task 'custrev' needs .*test\.jsonl.* docs/reproduction.md where"):
         models.batches("custrev", "test")

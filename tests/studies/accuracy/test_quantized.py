@@ -11,9 +11,7 @@ from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.quantized import GROUP, dequantize, packed, quantize
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Setting
-from tests.studies.test_accuracy_benchmark import data, model, setting  # noqa: F401 - fixtures
-
-STEPS = 3
+from tests.studies.made_up import STEPS
 
 
 def values(bits: int, numbers: torch.Tensor) -> torch.Tensor:
@@ -62,7 +60,7 @@ def test_codes_lie_in_as_few_bytes_as_they_need(bits: int) -> None:
 
 
 def test_an_adapter_is_trained_once_and_has_a_row_for_each_number_of_bits(
-    setting: Setting,  # noqa: F811
+    setting: Setting,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
