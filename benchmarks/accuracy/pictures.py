@@ -81,8 +81,6 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
-    axes.set_ylabel("mean test accuracy, %")
     points = {
         mean["method"]: (stored_bytes(mean), 100 * mean["test"], 100 * (mean["sd"] or 0.0))
         for mean in means
@@ -94,6 +92,8 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
             _mark(axes, mean["method"], *points[mean["method"]], **style)
         else:
             axes.axhline(100 * mean["test"], linestyle="--", color="#999999", label="frozen model, linear probe")
+    axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
+    axes.set_ylabel("mean test accuracy, %")
     if points:
         best = front([(size, test) for size, test, _ in points.values()])
         axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1, zorder=0, label="none is better with as few bytes")
