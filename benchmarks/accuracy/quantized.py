@@ -86,7 +86,7 @@ def score(run: Run, setting: Setting, bits: int, folder: Path) -> dict[str, Any]
             file[name] = parameter.detach().clone()
             continue
         codes, scales = quantize(parameter, bits)
-        file |= {f"{name}.codes": packed(codes, bits), f"{name}.scales": scales}
+        file[name] = torch.cat([scales.view(torch.uint8).flatten(), packed(codes, bits)])  # one name for both
         with torch.no_grad():
             parameter.copy_(dequantize(codes, scales, bits, parameter))
     save_file(file, folder / "adapter.safetensors")
