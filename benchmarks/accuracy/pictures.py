@@ -78,7 +78,7 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Methods without an adapter are a line. Masks are filled, others are not.
     """
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(7.5, max(4.8, 0.27 * len(means))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     points = {
@@ -86,12 +86,15 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
         for mean in means
         if mean["bytes"]
     }
+    lowest = min((test - spread for _, test, spread in points.values()), default=0.0)
     for mean in means:
         if mean["method"] in points:
             style = {"markersize": 7 if "mask" in mean["method"] else 5, "capsize": 3}
             _mark(axes, mean["method"], *points[mean["method"]], **style)
-        else:
+        elif 100 * mean["test"] > lowest - 2:
             axes.axhline(100 * mean["test"], linestyle="--", color="#999999", label="frozen model, linear probe")
+        else:  # a line far below would leave little room for the rest
+            axes.plot([], linestyle="none", label=f"frozen model, linear probe: {100 * mean['test']:.1f}")
     axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
     axes.set_ylabel("mean test accuracy, %")
     if points:

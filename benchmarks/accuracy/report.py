@@ -18,27 +18,34 @@ from benchmarks.accuracy.summary import (
     read_results,
     rows_of,
     summarize,
+    summarize_alike,
     summarize_parts,
 )
 
 
 def write_report(results: Path) -> str:
-    """Writes README.md, summary.json, accuracy.png and curve.png into `results`; returns the table of the means."""
+    """Writes README.md, summary.json and the pictures into `results`; returns the tables of the means."""
     found = read_results(results)
     rows = rows_of(found)
     if not rows:
         return f"no test score in {results} yet"
     means, parts = summarize(rows), summarize_parts(rows)
-    table = "\n\n".join([_means_table(means), *([_parts_table(parts)] if parts else [])])
+    tables = [_means_table(means), *([_parts_table(parts)] if parts else [])]
     figures = {"means": means, "parts": parts, "rows": [asdict(row) for row in rows]}
     (results / "summary.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     draw_panels(rows, results / "accuracy.png")
     draw_curve(means, results / "curve.png")
-    (results / "README.md").write_text(_page(found, rows, table), "utf-8")
-    return table
+    sections = ["## Means over tasks", tables[0], "![mean accuracy against bytes](curve.png)"]
+    if parts:
+        sections += ["## On some of the tasks", tables[1]]
+    if alike := summarize_alike(rows, parts):
+        draw_curve([mean for mean in alike if not mean["method"].startswith("mask")], results / "parts.png")
+        sections.append("![accuracy against bytes, on the same tasks, of the first seed](parts.png)")
+    (results / "README.md").write_text(_page(found, rows, sections), "utf-8")
+    return "\n\n".join(tables)
 
 
-def _page(found: Sequence[Result], rows: Sequence[Row], table: str) -> str:
+def _page(found: Sequence[Result], rows: Sequence[Row], sections: Sequence[str]) -> str:
     head = (
         "| method | lr | test, % | dev, % | trained parameters | adapter bytes | head bytes | zeros | bits a weight "
         "| entropy bytes | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -47,9 +54,8 @@ def _page(found: Sequence[Result], rows: Sequence[Row], table: str) -> str:
         "# Accuracy for its size",
         "Written by `python -m benchmarks.accuracy report` from the rows of [runs.jsonl](runs.jsonl), one a training; "
         "what is measured, and how, stands in [the page above](../README.md).",
-        "## Means over tasks",
-        table,
-        "![mean accuracy against bytes](curve.png)",
+        *sections,
+        "## Task by task",
         "![accuracy against bytes, task by task](accuracy.png)",
     ]
     for task, steps in dict.fromkeys((row.task, row.steps) for row in rows):
@@ -88,7 +94,7 @@ def _means_table(means: Sequence[Mapping[str, Any]]) -> str:
 
 def _parts_table(parts: Sequence[Mapping[str, Any]]) -> str:
     """Methods without a row for every task, each beside others on its own tasks and seeds."""
-    told = "On some of the tasks (the differences are those of the same tasks and seeds):\n\n"
+    told = "The differences are those of the same tasks and seeds.\n\n"
     columns = "| method | tasks, seeds | test, % | over the mask | over full | over LoRA r=8 | over LoRA r=1"
     return told + _table(columns, parts, ANCHORS)
 

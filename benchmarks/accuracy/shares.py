@@ -30,8 +30,10 @@ def points_of(folder: Path) -> list[dict[str, Any]]:
 
     Of the seeds that both have. Shares that lack a task are left out.
     """
-    results = read_results(folder)
+    results = [result for result in read_results(folder) if not result["settings"].get("dropout")]
     rows = [row for row in rows_of(results) if row.task in TASKS]
+    if not rows:
+        return []
     full = {row.task: row for row in rows if row.method == "full"}
     masks: dict[str, dict[str, Row]] = {}
     for row in rows:

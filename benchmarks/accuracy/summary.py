@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -150,6 +151,16 @@ def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 part[f"points_over_{anchor}"] = 100 * difference
         parts.append(part)
     return sorted(parts, key=lambda part: (part["names"], -part["test"]))
+
+
+def summarize_alike(rows: Sequence[Row], parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means of every method over the tasks that most of `parts` have, of the first seed alone: what can be compared."""
+    sets = Counter(tuple(part["names"]) for part in parts if part["tasks"] > 1)
+    if not sets:
+        return []
+    names = sets.most_common(1)[0][0]
+    on_them = by_method([row for row in rows if row.task in names and SEARCH_SEED in row.seeds])
+    return [mean_over(own, [SEARCH_SEED]) for own in on_them.values() if len(own) == len(names)]
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -51,9 +51,7 @@ class Setting:
     batch_size: int = 32
     warmup: float = 0.1
     clip: float = 1.0
-    # Off for every method: no budget comes near overfitting. TREC, seed 0, dev, off / on: full .924 / .930,
-    # mask .930 / .906.
-    dropout: float = 0.0
+    dropout: float = 0.0  # off for every method: no budget comes near overfitting (docs/experiments.md, "Dropout")
     cycles: int = 0  # of a cosine, in place of the linear decay
     progress: Callable[[str], None] = field(default=lambda line: None, compare=False)
 

@@ -68,7 +68,7 @@ class BaseModel:
     def load(self, task: Task) -> Any:
         """Load it with a new head for `task`; the head's random weights come from the seed, the same every time."""
         set_seed(self.seed)
-        # No dropout, whatever the method: it is noise, and noise costs masks accuracy (docs/how-masks-learn.md).
+        # No dropout, whatever the method: it is noise, and costs masks a little (docs/experiments.md).
         return AutoModelForTokenClassification.from_pretrained(
             self.path, num_labels=len(task.labels), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )

@@ -20,6 +20,8 @@ from reproduction.scale import Scale
 ROOT = Path(__file__).parents[2]
 STUDIES = {  # folder of a runs.jsonl -> what reads it
     "benchmarks/accuracy/results": runs_in,
+    "benchmarks/accuracy/results-3-blocks": runs_in,
+    "benchmarks/accuracy/results-dropout": runs_in,
     "benchmarks/accuracy/results-mpnet": runs_in,
     "benchmarks/results/decoder": lambda folder: decoder.runs_in(folder.parent),
     "benchmarks/results/grpo": grpo.runs_in,
@@ -61,7 +63,7 @@ def test_every_file_of_trainings_is_sorted_and_has_a_row_each(tmp_path: Path) ->
 
 def test_tables_and_summaries_are_those_of_the_rows(written: Path) -> None:
     texts = files_of(written, ".md", ".json")
-    assert len(texts) == 2 * 2 + 1 + 2 * 2 + 4 + 1 + len(reproduction.STUDIES)
+    assert len(texts) == 4 * 2 + 1 + 2 * 2 + 4 + 1 + len(reproduction.STUDIES)
     for text in texts:
         assert (written / text).read_text("utf-8") == (ROOT / text).read_text("utf-8"), f"{text}: make reports"
 
@@ -69,7 +71,7 @@ def test_tables_and_summaries_are_those_of_the_rows(written: Path) -> None:
 def test_pictures_are_those_of_the_rows(written: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     pictures = files_of(written, ".png")
-    assert len(pictures) == 2 * 2 + 1 + len(reproduction.STUDIES)
+    assert len(pictures) == 4 * 2 + 2 + len(reproduction.STUDIES)
     for picture in pictures:
         with image.open(ROOT / picture) as old, image.open(written / picture) as new:
             if old.info["Software"] != new.info["Software"]:
