@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def held(model: nn.Module, lr: float) -> Optimizer:
 
 
 RULES = {
-    method.name: method
+    method.name: replace(method, widen=False)
     for method in (
         Method("threshold", f"MaskConfig.paper(head='trained'), {ADAMW_NOTE}", paper(), mask_adamw, (1e-3, 3e-3)),
         Method(

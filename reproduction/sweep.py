@@ -24,7 +24,7 @@ def variant(name: str, scale: Scale, **fields: Any) -> Method:
     """The paper's setting with other `fields` of `MaskConfig`, as a method whose rate is to be chosen."""
     told = "".join(f", {field}={value}" for field, value in fields.items())
     note = f"MaskConfig.paper(head='trained'{told}), AdamW; {HEAD_NOTE}"
-    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, scale.rates)
+    return Method(f"paper-{name}", note, paper(**fields), mask_adamw, scale.rates, widen=False)
 
 
 def sweep(models: Models, variants: Mapping[str, Method], scale: Scale) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def search(
     progress = progress or Progress()
     tries = [Run(task, method, lr, SEARCH_SEED, steps, results) for lr in sorted(method.lrs)]
     chosen = best_on_dev(tries, setting, progress)
-    while isinstance(method, Method) and (lr := beyond([run.lr for run in tries], chosen.lr)):
+    while isinstance(method, Method) and method.widen and (lr := beyond([run.lr for run in tries], chosen.lr)):
         tries.append(Run(task, method, lr, SEARCH_SEED, steps, results))
         chosen = best_on_dev(sorted(tries, key=lambda run: run.lr), setting, progress)
     results_of_seeds = []

@@ -30,7 +30,7 @@ class Method:
     `build(model, task_type)` returns the model to train, `optimizer(model, lr)` its optimizer, `before_step(model,
     progress)` is called before each step, with progress from 0 to 1. `note` says in words what the functions do; it is
     recorded with each result, and a result with another note is refused. What is trained, but for the head, is saved
-    and scored in `dtype`.
+    and scored in `dtype`. With `widen` dev chooses among more rates while the best is the lowest or the highest.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Method:
     lrs: tuple[float, ...]
     before_step: Callable[[nn.Module, float], None] = lambda model, progress: None
     dtype: torch.dtype = torch.float32
+    widen: bool = True
 
 
 @dataclass(frozen=True)
