@@ -94,7 +94,7 @@ def test_a_merged_model_keeps_number_and_names_in_its_checkpoint(base, tmp_path)
     PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.id2label == NAMES
-    assert torch.equal(logits(merged), logits(model))
+    torch.testing.assert_close(logits(merged), logits(model))  # a product may round by where a file's tensor lies
 
 
 def test_without_the_adapter_the_model_has_a_head_of_that_size_that_was_not_trained(base, tmp_path):
