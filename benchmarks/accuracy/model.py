@@ -68,7 +68,13 @@ def first_blocks(name: str, blocks: int, folder: Path) -> str:
     """Save the encoder of this name or folder, with its tokenizer, without what follows so many blocks.
 
     Returns the name of the new folder, below `folder`.
+
+    Raises:
+        ValueError: if the encoder has fewer blocks, or none are asked for.
     """
+    most = AutoConfig.from_pretrained(name).num_hidden_layers
+    if not 1 <= blocks <= most:  # transformers would add blocks with random weights
+        raise ValueError(f"cannot use the first {blocks} blocks of '{name}': it has {most}, ask for 1 to {most}")
     shorter = folder / Path(name).name / f"{blocks}-blocks"
     AutoModel.from_pretrained(name, num_hidden_layers=blocks).save_pretrained(shorter)
     AutoTokenizer.from_pretrained(name).save_pretrained(shorter)

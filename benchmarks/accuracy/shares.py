@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy.summary import Row, read_results, rows_of
+from benchmarks.accuracy.summary import Row, common_seeds, points_over, read_results, rows_of
 from benchmarks.harness import table
 
 TITLE = "The share of zeros that a model needs"
@@ -47,23 +47,14 @@ def points_of(folder: Path) -> list[dict[str, Any]]:
                 "weights": fmean(row.masked_weights or 0.0 for row in by_task.values()),
                 "share": fmean(row.sparsity or 0.0 for row in by_task.values()),
                 "bytes": fmean(row.bytes for row in by_task.values()),
-                "seeds": min(len(_seeds(by_task[task], full[task])) for task in TASKS),
-                "points": {task: _over(by_task[task], full[task]) for task in TASKS},
+                "seeds": min(len(common_seeds([by_task[task], full[task]])) for task in TASKS),
+                "points": {task: points_over([by_task[task]], [full[task]]) for task in TASKS},
             }
             for by_task in masks.values()
             if all(task in by_task for task in TASKS)
         ),
         key=lambda point: point["share"],
     )
-
-
-def _seeds(row: Row, other: Row) -> list[int]:
-    return sorted(set(row.seeds) & set(other.seeds))
-
-
-def _over(row: Row, other: Row) -> float:
-    seeds = _seeds(row, other)
-    return 100 * fmean(row.test[row.seeds.index(s)] - other.test[other.seeds.index(s)] for s in seeds)
 
 
 def write_shares(accuracy: Path, results: Path) -> None:

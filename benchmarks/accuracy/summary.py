@@ -147,10 +147,19 @@ def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for anchor in ANCHORS:
             there = [row for row in methods.get(anchor, ()) if (row.task, row.steps) in settings]
             if len(there) == len(own) and all(set(part["seeds"]) <= set(row.seeds) for row in there):
-                difference = mean_over(own, part["seeds"])["test"] - mean_over(there, part["seeds"])["test"]
-                part[f"points_over_{anchor}"] = 100 * difference
+                part[f"points_over_{anchor}"] = points_over(own, there)
         parts.append(part)
     return sorted(parts, key=lambda part: (part["names"], -part["test"]))
+
+
+def points_over(rows: Sequence[Row], others: Sequence[Row]) -> float:
+    """How many points one method's mean test accuracy is above another's, of the same tasks, on the seeds of both."""
+    seeds = common_seeds([*rows, *others])
+    return 100 * (mean_over(rows, seeds)["test"] - mean_over(others, seeds)["test"])
+
+
+def common_seeds(rows: Sequence[Row]) -> list[int]:
+    return sorted(set.intersection(*(set(row.seeds) for row in rows)))
 
 
 def summarize_alike(rows: Sequence[Row], parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -172,7 +181,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def mean_over(rows: Sequence[Row], seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """Means over one method's rows, a task each; of these seeds, or of all that each has."""
-    common = sorted(set.intersection(*(set(row.seeds) for row in rows)))
+    common = common_seeds(rows)
     by_seed = [fmean(row.test[row.seeds.index(seed)] for row in rows) for seed in seeds or common]
     return {
         "method": rows[0].method,

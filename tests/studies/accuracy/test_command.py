@@ -71,3 +71,10 @@ def test_data_folder_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main([])
     assert "--data is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--dropout", "0.1"], ["--blocks", "3"], ["--blocks", "0"]])
+def test_another_setting_does_not_go_into_the_main_results(option: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--data", "no data", *option])
+    assert "need a folder of their own: name it with --results" in capsys.readouterr().err

@@ -42,6 +42,13 @@ def test_a_mask_stands_beside_full_fine_tuning_on_the_same_seeds(tmp_path: Path)
     assert (tmp_path / "pages" / "shares.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_blocks_that_a_model_does_not_have_are_refused(blocks: int, tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"the first {blocks} blocks of '.*': it has 2, ask for 1 to 2"):
+        first_blocks(str(tmp_path), blocks, tmp_path / "shorter")
+
+
 def test_the_first_blocks_of_a_model_are_a_model(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     tiny_model("bert").save_pretrained(whole)
