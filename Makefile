@@ -42,7 +42,7 @@ test: $(READY) ## every test but the slow ones
 	$(RUN) -m pytest -m "not slow" -n logical --maxprocesses 8 --durations 25
 
 test-slow: $(READY) ## the slow tests
-	$(RUN) -m pytest -m slow --durations 15 || [ $$? -eq 5 ] # 5: no slow test was collected
+	$(RUN) -m pytest -m slow -n logical --maxprocesses 8 --durations 15 || [ $$? -eq 5 ] # 5: no slow test was collected
 
 # beside the environment, not in it: 700 MB that one test needs, and that bitsandbytes and torch would find
 $(VENV)/triton: $(READY)

