@@ -23,9 +23,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything that reads it is imported
-sys.path.insert(
-    1, str(Path(__file__).parents[1])
-)  # `tests` will be PEFT's, so that ours are imported by their own names
+sys.path.insert(1, str(Path(__file__).parents[1]))  # `tests` will be PEFT's; ours are imported by their own names
 
 import peft_suite_cases as cases
 import pytest
@@ -113,9 +111,8 @@ def save_models(folder: Path) -> None:
         "lama": tiny_model("llama", "lm"),
         "lama-cls": tiny_model("llama", "seq_cls"),
     }
-    for (
-        model
-    ) in texts.values():  # the token of many inputs is the one that pads, of which Llama knows nothing but zeros
+    for model in texts.values():
+        # the token of many inputs is the one that pads, of which Llama knows nothing but zeros
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
     others = {
         "opt-wide": transformers.OPTForCausalLM(opt),
