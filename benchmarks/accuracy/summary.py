@@ -132,7 +132,9 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means over the tasks that a method has, for each that lacks some; the best of a set of tasks first.
+    """Means over the tasks that a method has, for each that lacks some, of the seeds that it has on all of these.
+
+    The best of a set of tasks comes first.
 
     `points_over_X` is the difference, in points, to X of `ANCHORS` on the same tasks and seeds, where X has them.
     """
@@ -143,7 +145,7 @@ def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if len(own) == count:
             continue
         settings = {(row.task, row.steps) for row in own}
-        part = mean_over(own) | {"names": [row.task for row in own]}
+        part = mean_over(own, common_seeds(own)) | {"names": [row.task for row in own]}
         for anchor in ANCHORS:
             there = [row for row in methods.get(anchor, ()) if (row.task, row.steps) in settings]
             if len(there) == len(own) and all(set(part["seeds"]) <= set(row.seeds) for row in there):

@@ -22,6 +22,12 @@ def test_a_method_with_every_task_has_a_mean_and_one_without_stands_beside_other
     assert "points_over_lora-r8" not in part
 
 
+def test_a_mean_over_some_tasks_is_of_the_seeds_that_all_of_them_have() -> None:
+    part = [replace(FULL, method="vera-all", seeds=(0,), test=(0.6,)), replace(OTHER, method="vera-all")]
+    (own,) = summarize_parts([FULL, OTHER, replace(FULL, task="ag_news"), *part])
+    assert (own["seeds"], own["test"]) == ([0], pytest.approx(0.5)), "the second seed of sst2 has no other"
+
+
 def test_the_tasks_that_most_have_are_compared_by_the_first_seed() -> None:
     third = replace(FULL, task="ag_news")
     mask = [MASK, replace(MASK, task="sst2", test=(0.45,))]
