@@ -20,6 +20,7 @@ LABELS = {  # of methods whose names do not say it
     "mask-0.0017": "mask 0.17 %, at once",
     "mask-0.0007": "mask 0.07 %, at once",
     "full": "full fine-tuning",
+    "probe": "frozen model, linear probe",
     "bitfit": "BitFit",
     "ia3": "(IA)³, its default layers",
     "ia3-all": "(IA)³",
@@ -73,34 +74,44 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
+def adapters_above_probe(means: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float, float]]:
+    """The marks of a picture, by method: bytes as stored, score and its spread in per cent."""
+    probe = max((mean["test"] for mean in means if not mean["bytes"]), default=-math.inf)
+    return {
+        mean["method"]: (stored_bytes(mean), 100 * mean["test"], 100 * (mean["sd"] or 0.0))
+        for mean in means
+        if mean["bytes"] and mean["method"] != "full" and mean["test"] > probe
+    }
+
+
 def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the means over tasks, with one standard deviation between seeds, and the Pareto front.
 
-    Methods without an adapter are a line. Masks are filled, others are not.
+    Full fine-tuning and a frozen probe are lines: their bytes are far from those of adapters. Masks are filled, others
+    are not. What is below the probe, or a probe far below, is told in words: it would leave little room for the rest.
     """
     figure = Figure(figsize=(7.5, max(4.8, 0.27 * len(means))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = {
-        mean["method"]: (stored_bytes(mean), 100 * mean["test"], 100 * (mean["sd"] or 0.0))
-        for mean in means
-        if mean["bytes"]
-    }
+    points = adapters_above_probe(means)
     lowest = min((test - spread for _, test, spread in points.values()), default=0.0)
+    for method, point in points.items():
+        _mark(axes, method, *point, markersize=7 if "mask" in method else 5, capsize=3)
     for mean in means:
-        if mean["method"] in points:
-            style = {"markersize": 7 if "mask" in mean["method"] else 5, "capsize": 3}
-            _mark(axes, mean["method"], *points[mean["method"]], **style)
-        elif 100 * mean["test"] > lowest - 2:
-            axes.axhline(100 * mean["test"], linestyle="--", color="#999999", label="frozen model, linear probe")
-        else:  # a line far below would leave little room for the rest
-            axes.plot([], linestyle="none", label=f"frozen model, linear probe: {100 * mean['test']:.1f}")
+        name, test, spread = label(mean["method"]), 100 * mean["test"], 100 * (mean["sd"] or 0.0)
+        if mean["method"] == "full":
+            axes.axhline(test, linestyle=":", color=GREEN, label=f"{name}, {stored_bytes(mean) / 1e6:.0f} MB")
+            axes.axhspan(test - spread, test + spread, color=GREEN, alpha=0.12, linewidth=0)
+        elif not mean["bytes"] and test > lowest - 2:
+            axes.axhline(test, linestyle="--", color="#999999", label=name)
+        elif mean["method"] not in points:
+            axes.plot([], linestyle="none", label=f"below: {name}, {test:.1f}")
     axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
     axes.set_ylabel("mean test accuracy, %")
     if points:
         best = front([(size, test) for size, test, _ in points.values()])
         axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1, zorder=0, label="none is better with as few bytes")
-        axes.set_xlim(right=8 * max(size for size, *_ in points.values()))  # room for the names
+        axes.set_xlim(right=4 * max(size for size, *_ in points.values()))  # room for the names
     axes.grid(alpha=0.25)
     if lines := [line for line in axes.get_lines() if not line.get_label().startswith("_")]:
         axes.legend(handles=lines, loc="center right", frameon=False, fontsize=8)
