@@ -772,6 +772,7 @@ def test_the_command_asks_for_a_base_where_weights_count(tmp_path):
 # ---- weight ----
 
 
+@pytest.mark.slow
 def test_numbers_and_tables_need_neither_matplotlib_nor_scikit_learn():
     code = """
 import sys

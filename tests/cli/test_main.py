@@ -41,6 +41,7 @@ def test_the_help_of_a_command_fits_a_screen_and_has_examples_that_parse(name, r
         build().parse_args(example.split()[1:])
 
 
+@pytest.mark.slow
 def test_the_script_and_the_module_are_the_same_command():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
     module, _, function = scripts["peft-mask"].partition(":")

@@ -86,6 +86,7 @@ def pushed_tensors(repo, path=WEIGHTS, branch="main"):
     return load(repo.at(branch).files[path].data)
 
 
+@pytest.mark.slow
 def test_a_push_from_one_process_and_a_load_in_another(hub, base, tmp_path):
     run(hub, PUSH, base, cwd=tmp_path)
     repo = hub.repos[REPO]
@@ -192,6 +193,7 @@ def scored(names):
     return any("peft_mask_scores" in name for name in names)
 
 
+@pytest.mark.slow
 def test_trainer_pushes_with_each_strategy(hub, base, tmp_path):
     # strategy -> the folders with checkpoints that it uploads
     strategies = {

@@ -260,6 +260,7 @@ def test_a_model_with_injected_adapters_round_trips_by_state_dict():
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_names_what_to_import(adapter, tmp_path):
     script = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(adapter)!r})"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -186,6 +186,7 @@ def test_an_empty_token_is_refused(monkeypatch):
         token()
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
     command = [sys.executable, "-m", "peft_mask.server", "--base", "b", "--adapters", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

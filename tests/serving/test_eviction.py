@@ -67,6 +67,7 @@ def test_pinned_adapters_stay(folder, model, expected):
         cache.pin(NAMES[2])
 
 
+@pytest.mark.slow
 def test_memory_and_modules_are_the_same_after_many_loads_and_evictions(folder, model, expected):
     cache = AdapterCache(model, folder, max_bytes=2 * largest(folder), slots=2)
 

@@ -129,6 +129,7 @@ def test_low_rank_ranks_weights_by_the_best_approximation(model, tokenizer, monk
         assert not found[name] & others[name]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped(folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "STEPS", {"banking77": 2, "clinc150": 2})
     monkeypatch.setattr(forgetting, "QUESTIONS", forgetting.QUESTIONS[:2])

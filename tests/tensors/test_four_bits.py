@@ -45,6 +45,7 @@ def test_only_weights_without_values_are_taken_for_quantized_and_left_as_they_we
     assert model[0].weight.quant_state is None
 
 
+@pytest.mark.slow
 def test_the_import_says_nothing_of_kernels_and_the_logger_is_then_as_it_was():
     ran = subprocess.run([sys.executable, "-c", "import peft_mask"], capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ("", "")

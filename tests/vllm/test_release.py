@@ -47,6 +47,7 @@ def test_workers_of_another_release_get_no_extension(monkeypatch, extension):
         getattr(peft_mask.vllm, extension)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HERE, reason="vLLM is here")
 def test_the_room_is_imported_without_vllm():
     code = "import sys, peft_mask.vllm as room; room.MaskExtension, room.switch_mask; assert 'vllm' not in sys.modules"
