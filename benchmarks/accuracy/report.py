@@ -36,6 +36,7 @@ def write_report(results: Path) -> str:
     draw_panels(rows, results / "accuracy.png")
     draw_curve(means, results / "curve.png")
     sections = ["## Means over tasks", tables[0], "![mean accuracy against bytes](curve.png)"]
+    sections.append("Bars, and a band, are one standard deviation of that mean between the seeds.")
     if parts:
         sections += ["## On some of the tasks", tables[1]]
     if alike := summarize_alike(rows, parts):
@@ -94,7 +95,7 @@ def _means_table(means: Sequence[Mapping[str, Any]]) -> str:
 
 def _parts_table(parts: Sequence[Mapping[str, Any]]) -> str:
     """Methods without a row for every task, each beside others on its own tasks and seeds."""
-    told = "The differences are those of the same tasks and seeds.\n\n"
+    told = "Means and differences are those of the seeds that a method has on all of its tasks.\n\n"
     columns = "| method | tasks, seeds | test, % | over the mask | over full | over LoRA r=8 | over LoRA r=1"
     return told + _table(columns, parts, ANCHORS)
 
