@@ -106,9 +106,9 @@ def draw_curve(means: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.axhline(test, linestyle="--", color="#999999", label=name)
         elif mean["method"] not in points:
             axes.plot([], linestyle="none", label=f"below: {name}, {test:.1f}")
-    axes.set(xscale="log", xlabel="bytes of an adapter (numbers in bfloat16, without the head)")
-    axes.set_ylabel("mean test accuracy, %")
-    if points:
+    axes.set(xlabel="bytes of an adapter (numbers in bfloat16, without the head)", ylabel="mean test accuracy, %")
+    if points:  # lines alone have no place on a logarithmic axis
+        axes.set_xscale("log")
         best = front([(size, test) for size, test, _ in points.values()])
         axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1, zorder=0, label="none is better with as few bytes")
         axes.set_xlim(right=4 * max(size for size, *_ in points.values()))  # room for the names

@@ -51,7 +51,9 @@ def test_the_front_is_of_those_that_none_surpasses_with_as_few_bytes() -> None:
     assert front([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [(1, 0.5), (2, 0.7), (3, 0.9)]
 
 
-@pytest.mark.parametrize("means", [MEANS, MEANS[:1], MEANS[-1:], []], ids=["all", "one", "a probe", "none"])
+@pytest.mark.parametrize(
+    "means", [MEANS, MEANS[:1], MEANS[3:], MEANS[-1:], []], ids=["all", "one", "lines", "a probe", "none"]
+)
 def test_any_table_has_its_picture(means: list[dict[str, Any]], tmp_path: Path) -> None:
     draw_curve(means, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
