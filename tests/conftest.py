@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported to the end: Trainer collects garbage before each training, half a second of imports."""
+    """Keep what is imported out of collections of garbage: Trainer makes one before each training, of half a second."""
     gc.collect()
     gc.freeze()
 

@@ -132,9 +132,7 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means over the tasks that a method has, for each that lacks some, of the seeds that it has on all of these.
-
-    The best of a set of tasks comes first.
+    """Means over the tasks that a method has, for each that lacks some; the best of a set of tasks first.
 
     `points_over_X` is the difference, in points, to X of `ANCHORS` on the same tasks and seeds, where X has them.
     """
@@ -145,7 +143,7 @@ def summarize_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if len(own) == count:
             continue
         settings = {(row.task, row.steps) for row in own}
-        part = mean_over(own, common_seeds(own)) | {"names": [row.task for row in own]}
+        part = mean_over(own) | {"names": [row.task for row in own]}
         for anchor in ANCHORS:
             there = [row for row in methods.get(anchor, ()) if (row.task, row.steps) in settings]
             if len(there) == len(own) and all(set(part["seeds"]) <= set(row.seeds) for row in there):
@@ -182,14 +180,14 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def mean_over(rows: Sequence[Row], seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """Means over one method's rows, a task each; of these seeds, or of all that each has."""
+    """Means over one method's rows, a task each; of these seeds, or of those that all rows have, if there are any."""
     common = common_seeds(rows)
     by_seed = [fmean(row.test[row.seeds.index(seed)] for row in rows) for seed in seeds or common]
     return {
         "method": rows[0].method,
         "tasks": len(rows),
         "seeds": common,
-        "test": fmean(by_seed) if seeds else fmean(fmean(row.test) for row in rows),
+        "test": fmean(by_seed) if by_seed else fmean(fmean(row.test) for row in rows),
         "sd": deviation(by_seed),
         "dev": fmean(fmean(row.dev) for row in rows),
         "bytes": fmean(row.bytes for row in rows),
